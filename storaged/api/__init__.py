@@ -1,0 +1,1 @@
+"""The Varlink API. Only this package imports asyncvarlink."""

@@ -1,0 +1,153 @@
+"""The interface io.storaged as types. docs/architecture.md tells the way of a request through it."""
+
+# No "from __future__ import annotations" here: asyncvarlink reads the annotations as objects.
+
+import dataclasses
+import typing
+from collections.abc import AsyncIterator
+
+from asyncvarlink import TypedVarlinkErrorReply, VarlinkInterface, varlinkmethod
+
+INTERFACE = "io.storaged"
+
+
+@dataclasses.dataclass
+class Failure:
+    """Why a volume is in trouble: a stable code, what failed, at which step, why, and what to do."""
+
+    code: str
+    message: str
+    step: str
+    cause: str
+    hint: str
+
+
+@dataclasses.dataclass
+class Volume:
+    """A volume as wished for and as observed. Sizes in bytes, times in seconds since the epoch."""
+
+    name: str
+    source: str
+    format: str
+    transport: str
+    transport_reason: str
+    read_only: bool
+    snapshot: bool
+    persist: bool
+    options: dict[str, str]
+    state: str
+    since: float
+    device: str | None
+    link: str | None
+    size: int | None
+    logical_block_size: int | None
+    qsd_pid: int | None
+    qsd_version: str | None
+    overlay: str | None
+    failure: Failure | None
+
+
+@dataclasses.dataclass
+class Event:
+    """Something that happened to a volume. ``kind`` is ready, step, state, failure or removed."""
+
+    time: float
+    volume: str
+    kind: str
+    state: str
+    message: str
+
+
+class ErrorParameters(typing.TypedDict):
+    """What every error carries: see Failure."""
+
+    code: str
+    message: str
+    volume: str
+    step: str
+    cause: str
+    hint: str
+    users: list[str]
+
+
+class Failed(TypedVarlinkErrorReply, interface=INTERFACE):
+    """The operation failed; code is stable, message, cause and hint are for people."""
+
+    parameters: ErrorParameters
+
+
+class NoSuchVolume(TypedVarlinkErrorReply, interface=INTERFACE):
+    """No volume has that name."""
+
+    parameters: ErrorParameters
+
+
+class VolumeExists(TypedVarlinkErrorReply, interface=INTERFACE):
+    """A volume of that name is attached with other wishes; nothing was changed."""
+
+    parameters: ErrorParameters
+
+
+class InUse(TypedVarlinkErrorReply, interface=INTERFACE):
+    """The device or the source is in use; users names by whom. Nothing was changed."""
+
+    parameters: ErrorParameters
+
+
+class InvalidArgument(TypedVarlinkErrorReply, interface=INTERFACE):
+    """The request makes no sense: a name, source, format, size or option is wrong. Nothing was changed."""
+
+    parameters: ErrorParameters
+
+
+class StoragedInterface(VarlinkInterface):
+    """Attach disk images and network disks as block devices of this host, and take them away again."""
+
+    name = INTERFACE
+    errors = (Failed, NoSuchVolume, VolumeExists, InUse, InvalidArgument)
+
+    @varlinkmethod(return_parameter="volume")
+    async def Attach(
+        self,
+        *,
+        name: str,
+        source: str,
+        format: str | None = None,
+        transport: str | None = None,
+        read_only: bool | None = None,
+        snapshot: bool | None = None,
+        snapshot_dir: str | None = None,
+        options: dict[str, str] | None = None,
+        persist: bool | None = None,
+        timeout: float | None = None,
+    ) -> Volume:
+        """Attach a volume and wait until its device can be used, at most timeout seconds."""
+        raise NotImplementedError
+
+    @varlinkmethod(return_parameter="notes")
+    async def Detach(
+        self, *, name: str, force: bool | None = None, timeout: float | None = None
+    ) -> list[str]:
+        """Take a volume away. Refuses while its device is in use, unless forced; notes say what is left."""
+        raise NotImplementedError
+
+    @varlinkmethod(return_parameter="volume")
+    async def Resize(self, *, name: str, size: int, timeout: float | None = None) -> Volume:
+        """Grow a volume and its device to size bytes."""
+        raise NotImplementedError
+
+    @varlinkmethod(return_parameter="volumes")
+    async def List(self) -> list[Volume]:
+        """All volumes, sorted by name."""
+        raise NotImplementedError
+
+    @varlinkmethod(return_parameter="volume")
+    async def Show(self, *, name: str) -> Volume:
+        """One volume."""
+        raise NotImplementedError
+
+    @varlinkmethod(return_parameter="event", delay_generator=False)
+    async def Watch(self, *, name: str | None = None) -> AsyncIterator[Event]:
+        """Events as they happen, of one volume or of all; the first has the kind ready."""
+        raise NotImplementedError
+        yield

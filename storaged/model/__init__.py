@@ -1,0 +1,1 @@
+"""Pure data and decisions: no file, socket, process or clock is touched here."""
