@@ -1,0 +1,269 @@
+"""The Varlink server: types in, types out; who may ask is decided by SO_PEERCRED (unix(7))."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import struct
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, ParamSpec, TypeVar
+
+from asyncvarlink import (
+    TypedVarlinkErrorReply,
+    VarlinkInterfaceRegistry,
+    VarlinkInterfaceServerProtocol,
+    VarlinkMethodCall,
+    VarlinkTransport,
+    varlinkmethod,
+)
+from asyncvarlink.serviceerrors import PermissionDenied
+from asyncvarlink.serviceinterface import VarlinkServiceInterface
+from asyncvarlink.types import FileDescriptorArray
+
+from storaged import __version__
+from storaged.api import interface
+from storaged.errors import ErrorCode, StoragedError
+from storaged.model.formats import Format
+from storaged.model.spec import VolumeSpec
+from storaged.supervisor.manager import Manager
+from storaged.supervisor.volume import Volume
+
+log = logging.getLogger("storaged.api")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_SO_PEERGROUPS = 59
+_ERRORS: dict[ErrorCode, type[TypedVarlinkErrorReply]] = {
+    ErrorCode.NO_SUCH_VOLUME: interface.NoSuchVolume,
+    ErrorCode.VOLUME_EXISTS: interface.VolumeExists,
+    ErrorCode.DEVICE_IN_USE: interface.InUse,
+    ErrorCode.SOURCE_IN_USE: interface.InUse,
+    ErrorCode.INVALID_NAME: interface.InvalidArgument,
+    ErrorCode.INVALID_ARGUMENT: interface.InvalidArgument,
+    ErrorCode.INVALID_SOURCE: interface.InvalidArgument,
+    ErrorCode.INVALID_SIZE: interface.InvalidArgument,
+}
+
+
+def _reply_of(error: StoragedError) -> TypedVarlinkErrorReply:
+    """Return the Varlink error of a failure."""
+    return _ERRORS.get(error.code, interface.Failed)(
+        code=error.code.value, message=error.message, volume=error.volume, step=error.step, cause=error.cause,
+        hint=error.hint, users=list(error.users),
+    )
+
+
+def _translated(method: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Coroutine[Any, Any, R]]:
+    async def translate(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return await method(*args, **kwargs)
+        except StoragedError as error:
+            raise _reply_of(error) from error
+        except Exception as error:
+            log.exception("a bug in a method of the API")
+            raise _reply_of(
+                StoragedError(
+                    ErrorCode.INTERNAL, "storaged has a bug here", cause=f"{type(error).__name__}: {error}",
+                    hint="the journal has the details; please report it",
+                )
+            ) from error
+
+    translate.__name__, translate.__doc__ = method.__name__, method.__doc__
+    translate.__wrapped__ = method  # type: ignore[attr-defined]  # asyncvarlink reads the signature through it
+    return translate
+
+
+class Service(interface.StoragedInterface):
+    """Attach disk images and network disks as block devices of this host, and take them away again."""
+
+    def __init__(self, manager: Manager) -> None:
+        self._manager = manager
+
+    @varlinkmethod(return_parameter="volume")
+    @_translated
+    async def Attach(
+        self,
+        *,
+        name: str,
+        source: str,
+        format: str | None = None,
+        transport: str | None = None,
+        read_only: bool | None = None,
+        snapshot: bool | None = None,
+        snapshot_dir: str | None = None,
+        options: dict[str, str] | None = None,
+        persist: bool | None = None,
+        timeout: float | None = None,
+    ) -> interface.Volume:
+        """Attach a volume and wait until its device can be used, at most timeout seconds."""
+        try:
+            known = Format(format or "raw")
+        except ValueError:
+            raise StoragedError(
+                ErrorCode.INVALID_ARGUMENT, f"there is no format {format!r}", volume=name,
+                hint=f"use one of {', '.join(Format)}",
+            ) from None
+        spec = VolumeSpec(
+            name=name, source=source, format=known, transport=transport or "auto", read_only=bool(read_only),
+            snapshot=bool(snapshot), snapshot_dir=snapshot_dir, options=options or {}, persist=bool(persist),
+        )
+        return self._describe(await self._manager.attach(spec, _deadline(timeout)))
+
+    @varlinkmethod(return_parameter="notes")
+    @_translated
+    async def Detach(
+        self, *, name: str, force: bool | None = None, timeout: float | None = None
+    ) -> list[str]:
+        """Take a volume away. Refuses while its device is in use, unless forced; notes say what is left."""
+        return await self._manager.detach(name, force=bool(force), timeout=_deadline(timeout))
+
+    @varlinkmethod(return_parameter="volume")
+    @_translated
+    async def Resize(self, *, name: str, size: int, timeout: float | None = None) -> interface.Volume:
+        """Grow a volume and its device to size bytes."""
+        return self._describe(await self._manager.resize(name, size, _deadline(timeout)))
+
+    @varlinkmethod(return_parameter="volumes")
+    @_translated
+    async def List(self) -> list[interface.Volume]:
+        """All volumes, sorted by name."""
+        return [self._describe(volume) for volume in self._manager.volumes()]
+
+    @varlinkmethod(return_parameter="volume")
+    @_translated
+    async def Show(self, *, name: str) -> interface.Volume:
+        """One volume."""
+        return self._describe(self._manager.get(name))
+
+    @varlinkmethod(return_parameter="event", delay_generator=False)
+    async def Watch(self, *, name: str | None = None) -> AsyncIterator[interface.Event]:
+        """Events as they happen, of one volume or of all; the first has the kind ready."""
+        async with contextlib.aclosing(self._manager.environment.events.watch(name)) as events:
+            async for event in events:
+                yield interface.Event(event.time, event.volume, event.kind, event.state, event.message)
+
+    def _describe(self, volume: Volume) -> interface.Volume:
+        spec, record, layout = volume.spec, volume.attachment.record, self._manager.environment.layout
+        return interface.Volume(
+            name=spec.name, source=spec.source, format=spec.format.value,
+            transport=record.transport if record else spec.transport,
+            transport_reason=record.transport_reason if record else "",
+            read_only=spec.read_only, snapshot=spec.snapshot, persist=spec.persist, options=dict(spec.options),
+            state=volume.state.value, since=volume.since, device=record.device if record else None,
+            link=layout.link(spec.name) if volume.seen.linked else None,
+            size=(record.size or None) if record else None,
+            logical_block_size=spec.logical_block_size if record else None,
+            qsd_pid=record.process.pid if record and record.process and volume.attachment.alive else None,
+            qsd_version=(record.qsd_version or None) if record else None,
+            overlay=record.overlay if record else None,
+            failure=None if volume.failure is None else interface.Failure(
+                volume.failure.code.value, volume.failure.message, volume.failure.step, volume.failure.cause,
+                volume.failure.hint,
+            ),
+        )
+
+
+def _deadline(timeout: float | None) -> float | None:
+    if timeout is not None and not 0 < timeout <= 86400:
+        raise StoragedError(
+            ErrorCode.INVALID_ARGUMENT, f"a timeout of {timeout:g} seconds",
+            hint="it must be above 0 and at most 86400",
+        )
+    return timeout
+
+
+class _Protocol(VarlinkInterfaceServerProtocol):
+    """One client. A stream (Watch) ends as soon as its client is gone, and not only at the next event."""
+
+    def __init__(self, registry: VarlinkInterfaceRegistry, *, permitted: bool) -> None:
+        super().__init__(registry)
+        self._permitted = permitted
+        self._streams: set[asyncio.Future[None]] = set()
+
+    def call_received(
+        self, call: VarlinkMethodCall, fds: FileDescriptorArray | None
+    ) -> asyncio.Future[None] | None:
+        if not self._permitted:
+            raise PermissionDenied()
+        future: asyncio.Future[None] | None = super().call_received(call, fds)
+        if future is None or not call.more:
+            return future
+        # Returning the future would stop reading from the client until the stream ends, and so the end of the
+        # client would not be seen.
+        self._streams.add(future)
+        future.add_done_callback(self._stream_done)
+        return None
+
+    def _stream_done(self, future: asyncio.Future[None]) -> None:
+        self._streams.discard(future)
+        if not future.cancelled() and future.exception() is not None:
+            log.error("a stream failed", exc_info=future.exception())
+
+    def eof_received(self) -> None:
+        self._end_streams()
+        super().eof_received()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end_streams()
+        super().connection_lost(exc)
+
+    def _end_streams(self) -> None:
+        for future in list(self._streams):
+            future.cancel()
+
+
+class Server:
+    """Listens on a socket and serves who is permitted: root, the daemon's user, and the socket's group."""
+
+    def __init__(self, manager: Manager, listener: socket.socket, group: int) -> None:
+        self._listener = listener
+        self._group = group
+        self._clients: set[VarlinkTransport] = set()
+        self._registry = VarlinkInterfaceRegistry()
+        self._registry.register_interface(
+            VarlinkServiceInterface("storaged", "storaged", __version__, "https://varlink.org", self._registry)
+        )
+        self._registry.register_interface(Service(manager))
+
+    def start(self) -> None:
+        """Accept clients from now on."""
+        self._listener.setblocking(False)
+        asyncio.get_running_loop().add_reader(self._listener, self._accept)
+
+    async def close(self) -> None:
+        """Stop accepting, and end all connections."""
+        asyncio.get_running_loop().remove_reader(self._listener)
+        self._listener.close()
+        for client in list(self._clients):
+            client.abort()
+        await asyncio.sleep(0)
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            log.error("cannot accept a client: %s", error)
+            return
+        try:
+            permitted = self._is_permitted(connection)
+        except OSError:
+            connection.close()
+            return
+        connection.setblocking(False)
+        transport = VarlinkTransport(
+            asyncio.get_running_loop(), connection, connection, _Protocol(self._registry, permitted=permitted)
+        )
+        self._clients.add(transport)
+        transport.closed_future.add_done_callback(lambda _: self._clients.discard(transport))
+
+    def _is_permitted(self, connection: socket.socket) -> bool:
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        _pid, uid, gid = struct.unpack("3i", credentials)
+        if uid in (0, os.geteuid()) or gid == self._group:
+            return True
+        groups = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * 65536)
+        return self._group in struct.unpack(f"{len(groups) // 4}I", groups)

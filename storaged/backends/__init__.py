@@ -1,0 +1,23 @@
+"""The backends, and which one a source belongs to. A new backend is one file and one line here."""
+
+from __future__ import annotations
+
+from storaged.backends import file, host_device
+from storaged.backends.base import Backend
+from storaged.errors import ErrorCode, StoragedError
+
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (file.BACKEND, host_device.BACKEND)}
+
+
+def find_backend(source: str) -> Backend:
+    """Return the backend of a source as the user writes it. A plain path is ``file``. Raises INVALID_SOURCE."""
+    prefix, colon, _ = source.partition(":")
+    if colon and prefix in BACKENDS:
+        return BACKENDS[prefix]
+    if source.startswith("/"):
+        return BACKENDS["file"]
+    raise StoragedError(
+        ErrorCode.INVALID_SOURCE,
+        f"nothing here knows the source {source!r}" if source else "the source is empty",
+        hint=f"give an absolute path, or one of {', '.join(name + ':PATH' for name in sorted(BACKENDS))}",
+    )

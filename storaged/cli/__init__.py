@@ -1,0 +1,1 @@
+"""The command line: parser, commands and rendering. Only this package imports rich."""

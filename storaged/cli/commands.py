@@ -1,0 +1,193 @@
+"""What each command does: ask the daemon, and print the answer."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from storaged.api.client import Client
+from storaged.cli import progress, render
+from storaged.cli.paths import absolute, absolute_option, absolute_source
+from storaged.errors import ErrorCode, StoragedError
+from storaged.model.layout import Layout
+from storaged.model.sizes import parse_size
+
+_T = TypeVar("_T")
+
+#: Seconds in which the daemon answers what it has in its head.
+_QUICK = 30.0
+#: Seconds that the daemon may answer late: it keeps --timeout itself, and then cleans up.
+_GRACE = 15.0
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command that was parsed and return its exit status."""
+    return _COMMANDS[args.command](args)
+
+
+def layout_of(args: argparse.Namespace) -> Layout:
+    """Return the directories that --root or STORAGED_ROOT asks for."""
+    return Layout.below(os.environ.get("STORAGED_ROOT") if args.root is None else args.root)
+
+
+def _client(args: argparse.Namespace) -> Client:
+    return Client(layout_of(args).socket, command=_command(args))
+
+
+def _command(args: argparse.Namespace) -> str:
+    """How the user reaches this daemon, for hints."""
+    if not args.root:
+        return "storaged"
+    import shlex
+
+    return f"storaged --root {shlex.quote(args.root)}"
+
+
+def _request(args: argparse.Namespace, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    """Ask for a change and wait for it, with progress. Ctrl-C leaves, and says that the daemon goes on."""
+    seconds = parameters.get("timeout")
+    with _client(args) as client:
+        client.send(method, parameters)
+        try:
+            return progress.wait_for_reply(
+                client,
+                _client(args),
+                args.name,
+                timeout=None if seconds is None else seconds + _GRACE,
+                lines=not getattr(args, "json", False),
+            )
+        except KeyboardInterrupt:
+            render.note(
+                f"storaged: volume {render.clean(args.name)}: interrupted, but the daemon goes on with the"
+                f" {args.command}; look with: {client.command} show {render.clean(args.name)}"
+            )
+            raise
+
+
+def _attach(args: argparse.Namespace) -> int:
+    wishes = {
+        "name": args.name,
+        "source": absolute_source(args.source),
+        "format": args.format,
+        "transport": args.transport,
+        "read_only": args.read_only or None,
+        "snapshot": args.snapshot or None,
+        "snapshot_dir": absolute(args.snapshot_dir) if args.snapshot_dir else None,
+        "options": {key: absolute_option(key, value) for key, value in args.options.items()} or None,
+        "persist": args.persist or None,
+        "timeout": args.timeout,
+    }
+    volume = _field(_request(args, "Attach", _said(wishes)), "volume", dict)
+    if args.json:
+        render.write_json(volume)
+    else:
+        render.write(render.clean(volume.get("device") or ""))
+    return 0
+
+
+def _detach(args: argparse.Namespace) -> int:
+    wishes = {"name": args.name, "force": args.force or None, "timeout": args.timeout}
+    for line in _field(_request(args, "Detach", _said(wishes)), "notes", list):
+        render.note(f"storaged: volume {render.clean(args.name)}: {render.clean(line)}")
+    return 0
+
+
+def _resize(args: argparse.Namespace) -> int:
+    _request(args, "Resize", {"name": args.name, "size": parse_size(args.size)})
+    return 0
+
+
+def _list(args: argparse.Namespace) -> int:
+    with _client(args) as client:
+        volumes = _field(client.call("List", timeout=_QUICK), "volumes", list)
+    if args.json:
+        render.write_json(volumes)
+    elif args.names:
+        if volumes:
+            render.write("\n".join(render.clean(volume.get("name")) for volume in volumes))
+    else:
+        render.write(render.volume_table(volumes))
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    with _client(args) as client:
+        volume = _field(client.call("Show", {"name": args.name}, timeout=_QUICK), "volume", dict)
+    if args.json:
+        render.write_json(volume)
+    else:
+        render.write(render.volume_details(volume))
+    return 0
+
+
+def _watch(args: argparse.Namespace) -> int:
+    with _client(args) as client:
+        for answer in client.stream("Watch", _said({"name": args.name})):
+            event = _field(answer, "event", dict)
+            if args.json:
+                import json
+
+                render.write(json.dumps(event))
+            elif event.get("kind") != "ready":  # it only says that from now on nothing is missed
+                render.write(render.event_line(event))
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from storaged import doctor
+
+    found = doctor.examine(layout_of(args), _command(args))
+    if args.json:
+        render.write_json([asdict(finding) for finding in found])
+    else:
+        render.findings(found)
+    return doctor.exit_status(found)
+
+
+def _daemon(args: argparse.Namespace) -> int:
+    from storaged.supervisor.daemon import run as run_daemon
+
+    return run_daemon(layout_of(args), absolute(args.config) if args.config else None)
+
+
+def _completion(args: argparse.Namespace) -> int:
+    from storaged.cli.completion import script
+    from storaged.cli.parser import build_parser
+
+    render.write(script(build_parser(), args.shell))
+    return 0
+
+
+def _field(answer: dict[str, Any], key: str, kind: type[_T]) -> _T:
+    """Return a field of an answer, of which a newer or broken daemon may know nothing."""
+    value = answer.get(key)
+    if not isinstance(value, kind):
+        raise StoragedError(
+            ErrorCode.INTERNAL,
+            "the daemon's answer cannot be understood",
+            cause=f"it has no field {key}",
+            hint="command and daemon may be of different versions: systemctl restart storaged",
+        )
+    return value
+
+
+def _said(wishes: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what was not said: the daemon knows its defaults."""
+    return {key: value for key, value in wishes.items() if value is not None}
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "attach": _attach,
+    "completion": _completion,
+    "daemon": _daemon,
+    "detach": _detach,
+    "doctor": _doctor,
+    "list": _list,
+    "resize": _resize,
+    "show": _show,
+    "watch": _watch,
+}

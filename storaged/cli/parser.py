@@ -1,0 +1,177 @@
+"""What can be typed. No command runs here, and nothing slow is imported: every command pays for this file."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+import storaged
+from storaged.model.formats import Format
+
+SHELLS = ("bash", "zsh", "fish")
+TRANSPORTS = ("auto", "fuse")
+
+_EXIT_CODES = """\
+exit status:
+  0 it worked; 1 it failed (code, cause and hint on stderr); 2 wrong usage;
+  130 interrupted with Ctrl-C; 141 nobody read the output"""
+
+_EXAMPLES = """\
+examples:
+  storaged attach web1 /srv/web1.qcow2 --format qcow2   prints the device
+  storaged attach test /srv/web1.raw --snapshot         leaves the source as it is
+  storaged detach web1
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command ``storaged``. The command's name ends up in ``args.command``."""
+    parser = argparse.ArgumentParser(
+        prog="storaged",
+        description="Attach disk images and network disks as block devices of this host.",
+        epilog=_EXAMPLES + "\n" + _EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"storaged {storaged.__version__}")
+    parser.add_argument(
+        "--root",
+        metavar="DIR",
+        help="put run, state, config and device directories below DIR (default: STORAGED_ROOT, else /)",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
+    _attach(commands)
+    _detach(commands)
+
+    command = _command(commands, "list", "list the volumes")
+    output = command.add_mutually_exclusive_group()
+    _json(output, "print an array of objects")
+    output.add_argument("--names", action="store_true", help="print the names alone, one per line")
+
+    command = _command(commands, "show", "show all about a volume")
+    _name(command, "the volume")
+    _json(command, "print an object")
+
+    command = _command(commands, "watch", "print events as they happen, until Ctrl-C")
+    command.add_argument("name", metavar="NAME", nargs="?", help="only those of this volume")
+    _json(command, "print one object per line")
+
+    command = _command(commands, "resize", "grow a volume and its device")
+    _name(command, "the volume")
+    command.add_argument("size", metavar="SIZE", help="the new size: bytes, or a number with K, M, G, T or P")
+
+    command = _command(
+        commands, "doctor", "say what this host, its QEMU and this installation can do, and what is missing"
+    )
+    _json(command, "print an array of findings")
+
+    command = _command(commands, "daemon", "run the daemon in the foreground")
+    command.add_argument("--config", metavar="FILE", help="default: /etc/storaged/storaged.toml")
+
+    command = _command(commands, "completion", "print the completion script of a shell")
+    command.add_argument("shell", choices=SHELLS, help="the shell")
+    command.epilog = 'bash: eval "$(storaged completion bash)"'
+    return parser
+
+
+_Commands = argparse._SubParsersAction  # it has no public name; typeshed knows it by this one
+
+
+def _attach(commands: _Commands[argparse.ArgumentParser]) -> None:
+    command = _command(commands, "attach", "attach a source as a block device, and print the device")
+    _name(command, "the volume's name: 1 to 63 of A-Z a-z 0-9 . _ -")
+    command.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a path, file:PATH or host_device:PATH (a path with a colon: write ./we:ird.img)",
+    )
+    command.add_argument(
+        "--format",
+        choices=[str(format) for format in Format],
+        metavar="FORMAT",
+        help=f"the image's format, never guessed: {', '.join(Format)} (default: raw)",
+    )
+    command.add_argument("--transport", choices=TRANSPORTS, help="the way onto the host (default: auto)")
+    command.add_argument("--read-only", action="store_true", help="the device refuses writes")
+    command.add_argument(
+        "--snapshot", action="store_true", help="writable; the changes are thrown away at detach"
+    )
+    command.add_argument("--snapshot-dir", metavar="DIR", help="where --snapshot keeps the changes")
+    command.add_argument(
+        "-o",
+        "--option",
+        metavar="KEY=VALUE",
+        dest="options",
+        type=_key_value,
+        action=_CollectOptions,
+        default={},
+        help="an option of the format or source, as backing=allow:DIR[:DIR…]; may be repeated",
+    )
+    command.add_argument("--persist", action="store_true", help="attach again after a reboot")
+    _timeout(command)
+    _json(command, "print the volume as an object, and a failure as one on stderr")
+
+
+def _detach(commands: _Commands[argparse.ArgumentParser]) -> None:
+    command = _command(commands, "detach", "take a volume away; refuses while its device is in use")
+    _name(command, "the volume")
+    command.add_argument(
+        "--force", action="store_true", help="also while it is in use: whoever uses it gets I/O errors"
+    )
+    _timeout(command)
+
+
+def _command(
+    commands: _Commands[argparse.ArgumentParser], name: str, what: str
+) -> argparse.ArgumentParser:
+    sentence = f"{what[0].upper()}{what[1:]}."
+    return commands.add_parser(name, help=what, description=sentence, allow_abbrev=False)
+
+
+def _name(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument("name", metavar="NAME", help=what)
+
+
+def _json(command: argparse._ActionsContainer, what: str) -> None:
+    command.add_argument("--json", action="store_true", help=what)
+
+
+def _timeout(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--timeout", metavar="SECONDS", type=_seconds, help="give up after this long (default: the daemon's)"
+    )
+
+
+class _CollectOptions(argparse.Action):
+    """Collects KEY=VALUE pairs; a key said twice is refused, since one of the two would not count."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        assert isinstance(values, tuple)
+        key, value = values
+        collected: dict[str, str] = getattr(namespace, self.dest)
+        if key in collected:
+            parser.error(f"argument {option_string}: {key} is given twice")
+        setattr(namespace, self.dest, {**collected, key: value})
+
+
+def _key_value(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    return key, value
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return seconds

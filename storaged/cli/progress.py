@@ -1,0 +1,105 @@
+"""Progress of requests that take longer than a second. A faster one pays nothing for it."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from storaged.api.client import Client
+from storaged.cli import render
+from storaged.errors import StoragedError
+
+#: A request that is answered within this many seconds shows nothing.
+QUIET = 1.0
+
+
+class Display(Protocol):
+    """Shows one step at a time."""
+
+    def show(self, text: str) -> None:
+        """Show what is being done now."""
+
+
+class Lines:
+    """Plain lines on stderr, for logs and pipes."""
+
+    def show(self, text: str) -> None:
+        """Print the step."""
+        render.note(f"storaged: {text}")
+
+
+class _Silence:
+    def show(self, text: str) -> None:
+        pass
+
+
+def wait_for_reply(
+    client: Client, watcher: Client, volume: str, *, timeout: float | None = None, lines: bool = True
+) -> dict[str, Any]:
+    """Take the answer of the request that ``client`` has sent, and show the volume's steps meanwhile.
+
+    ``watcher`` is not connected before it is needed. Without ``lines`` progress is shown on a terminal only.
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    if not client.wait(QUIET if timeout is None else min(QUIET, timeout)):
+        with _display(lines) as display, watcher:
+            display.show(f"volume {render.clean(volume)}: waiting for the daemon")
+            _follow(client, watcher, volume, deadline, display)
+    return client.receive(None if deadline is None else max(0.0, deadline - time.monotonic()))[0]
+
+
+def _follow(
+    client: Client, watcher: Client, volume: str, deadline: float | None, display: Display
+) -> None:
+    """Show the events of ``volume`` until the answer is there or the deadline has passed."""
+    poller = select.poll()
+    poller.register(client.fileno(), select.POLLIN)
+    watching = -1
+    # Progress is a courtesy: where it cannot be had, the answer is waited for all the same.
+    with contextlib.suppress(StoragedError):
+        watcher.send("Watch", {"name": volume}, more=True)
+        watching = watcher.fileno()
+        poller.register(watching, select.POLLIN)
+    while not client.wait(0):
+        left = None if deadline is None else deadline - time.monotonic()
+        if left is not None and left <= 0:
+            return
+        ready = [fd for fd, _ in poller.poll(None if left is None else left * 1000)]
+        if watching in ready:
+            try:
+                while watcher.wait(0):
+                    event, _ = watcher.receive()
+                    if text := _step(event.get("event") or {}):
+                        display.show(text)
+            except StoragedError:
+                poller.unregister(watching)
+                watching = -1
+
+
+def _step(event: dict[str, Any]) -> str:
+    text = event.get("message") or event.get("state")
+    return render.clean(f"volume {event.get('volume')}: {text}") if text and event.get("volume") else ""
+
+
+@contextlib.contextmanager
+def _display(lines: bool) -> Iterator[Display]:
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield Lines() if lines else _Silence()
+        return
+    try:
+        from rich.console import Console
+        from rich.text import Text
+    except ImportError:
+        yield Lines()
+        return
+    with Console(stderr=True, highlight=False).status(Text("")) as status:
+
+        class Spinner:
+            def show(self, text: str) -> None:
+                status.update(Text(text))
+
+        yield Spinner()

@@ -1,0 +1,90 @@
+"""``storaged doctor``: what this host and this installation can do. Works without the daemon."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import storaged
+from storaged.api.client import Client
+from storaged.errors import StoragedError
+from storaged.host import probe
+from storaged.model.diagnosis import LATER_MODULES, Facts, Finding, Status, diagnose
+from storaged.model.layout import Layout
+
+_DAEMON_DEADLINE = 5.0
+
+
+def examine(layout: Layout, command: str = "storaged") -> list[Finding]:
+    """Look at everything and return the findings. ``command`` is how the hints call storaged."""
+    return diagnose(gather(layout, command))
+
+
+def exit_status(findings: Sequence[Finding]) -> int:
+    """Return 1 when something keeps storaged from working, else 0."""
+    return int(any(finding.status is Status.FAIL for finding in findings))
+
+
+def gather(layout: Layout, command: str = "storaged") -> Facts:
+    """Return the facts of this host."""
+    binary, config_problem = _configured_qsd(layout.config_file)
+    qsd_path, qsd_output, qsd = probe.qsd(binary)
+    nbd, nbd_is_libnbd = probe.libnbd()
+    free_loops, loops = probe.loop_devices()
+    daemon_version, daemon_problem, daemon_hint = _daemon(layout, command)
+    return Facts(
+        root=os.geteuid() == 0,
+        python=(sys.version_info.major, sys.version_info.minor, sys.version_info.micro),
+        libraries=probe.libraries(),
+        nbd=nbd,
+        nbd_is_libnbd=nbd_is_libnbd,
+        config_file=layout.config_file,
+        config_problem=config_problem,
+        qsd_binary=binary,
+        qsd_path=qsd_path,
+        qsd_output=qsd_output,
+        qsd=qsd,
+        kernel=os.uname().release,
+        fuse=probe.device_node("/dev/fuse", "fuse", "fuse"),
+        loop=probe.device_node("/dev/loop-control", "loop", "loop-control"),
+        free_loops=free_loops,
+        loops=loops,
+        modules={module: probe.module_state(module) for module in LATER_MODULES},
+        run_dir=probe.directory(layout.run_dir),
+        state_dir=probe.directory(layout.state_dir),
+        daemon_version=daemon_version,
+        daemon_problem=daemon_problem,
+        daemon_hint=daemon_hint,
+        own_version=storaged.__version__,
+    )
+
+
+def _configured_qsd(config_file: str) -> tuple[str, str]:
+    """Return the QSD that the configuration names, and what is wrong with the configuration."""
+    default = "qemu-storage-daemon"
+    try:
+        with open(config_file, "rb") as file:
+            text = file.read()
+    except FileNotFoundError:
+        return default, ""
+    except OSError as error:
+        return default, error.strerror or str(error)
+    try:
+        from storaged.model.config import parse_config
+    except ImportError:  # msgspec is missing, which is a finding of its own
+        return default, ""
+    try:
+        return parse_config(text, config_file).qsd.binary, ""
+    except StoragedError as error:
+        return default, error.cause or error.message
+
+
+def _daemon(layout: Layout, command: str) -> tuple[str, str, str]:
+    """Return the daemon's version, or why it does not answer, and what to do."""
+    try:
+        with Client(layout.socket, command=command) as client:
+            info = client.call("org.varlink.service.GetInfo", timeout=_DAEMON_DEADLINE)
+    except StoragedError as error:
+        return "", f"{error.message}: {error.cause}" if error.cause else error.message, error.hint
+    return str(info.get("version") or "unknown"), "", ""

@@ -1,0 +1,66 @@
+"""Files that are whole or not there: write, fsync, rename, fsync the directory."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+
+from storaged.errors import ErrorCode, StoragedError
+
+
+def write_atomic(path: str, data: bytes, *, mode: int = 0o600) -> None:
+    """Replace ``path`` by ``data``; after a crash it holds the old content or the new, never a part.
+
+    Raises NO_SPACE on a full disk or quota, INTERNAL on any other I/O error; nothing is left behind.
+    """
+    directory, base = os.path.split(path)
+    temporary = os.path.join(directory, f".{base}.tmp")
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(fd, view):]
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(temporary, path)
+        sync_directory(directory)
+    except OSError as error:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise state_error(path, error) from error
+
+
+def remove_file(path: str) -> None:
+    """Remove a file for good; it is no error when there is none. Raises INTERNAL on an I/O error."""
+    try:
+        os.unlink(path)
+        sync_directory(os.path.dirname(path))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise state_error(path, error) from error
+
+
+def sync_directory(path: str) -> None:
+    """Make renames and removals in a directory durable (fsync(2))."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def state_error(path: str, error: OSError) -> StoragedError:
+    """Turn an OSError about a state file into a failure that says what to do."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StoragedError(
+            ErrorCode.NO_SPACE, f"cannot write {path}", cause=error.strerror or "",
+            hint=f"make room on the filesystem of {os.path.dirname(path)}",
+        )
+    return StoragedError(
+        ErrorCode.INTERNAL, f"cannot write {path}", cause=error.strerror or str(error),
+        hint=f"check that {os.path.dirname(path)} exists and can be written to",
+    )

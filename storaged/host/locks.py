@@ -1,0 +1,70 @@
+"""Host-wide locks, one per source identity, that live exactly as long as the process that can write.
+
+The lock is flock(2) on an open file description that QSD inherits: when QSD is gone, whoever killed it, the
+kernel has let go of the lock, and not a moment earlier. Writers lock exclusively, readers share. The files stay
+(removing one would let two processes lock two files of one name); their content is for people only.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+
+from storaged.errors import ErrorCode, StoragedError
+
+
+def lock_path(directory: str, identity: str) -> str:
+    """Return the path of the lock of a source identity."""
+    return os.path.join(directory, hashlib.sha256(identity.encode()).hexdigest()[:32])
+
+
+def take_lock(directory: str, identity: str, *, exclusive: bool, owner: str) -> int:
+    """Return a descriptor that holds the lock; close it, in every process that has it, to let go.
+
+    ``owner`` is what an error about a conflict shall call the holder. Raises SOURCE_IN_USE at once when the
+    lock is held.
+    """
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    fd = os.open(
+        lock_path(directory, identity), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+    )
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        if exclusive or os.fstat(fd).st_size == 0:
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, owner.encode(), 0)
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
+            os.close(fd)
+            raise
+        holder = os.pread(fd, 4096, 0).decode(errors="replace")
+        os.close(fd)
+        raise StoragedError(
+            ErrorCode.SOURCE_IN_USE,
+            "the source is in use" + (" for writing" if not exclusive else ""),
+            cause=f"held by {holder}" if holder else "its lock is held",
+            hint="detach the other volume first, or attach both with --read-only or --snapshot",
+            users=[holder] if holder else [],
+        ) from error
+    return fd
+
+
+def claim_block_device(path: str) -> int:
+    """Return an O_EXCL descriptor of a block device: while any process has it, nobody can mount or claim it.
+
+    Raises SOURCE_IN_USE when it is mounted, swapped on or held already (open(2), block/bdev.c in the kernel).
+    """
+    try:
+        return os.open(path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise StoragedError(
+                ErrorCode.SOURCE_IN_USE, f"the block device {path} is in use", cause=error.strerror or "",
+                hint="it is mounted, swapped on, or held by device-mapper or md; see lsblk and fuser",
+            ) from error
+        raise StoragedError(
+            ErrorCode.OPEN_FAILED, f"cannot open {path} for writing", cause=error.strerror or "",
+            hint="attach it with --read-only if it cannot be written to",
+        ) from error

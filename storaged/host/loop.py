@@ -1,0 +1,305 @@
+"""Loop devices by ioctl: loop(4), include/uapi/linux/loop.h in the kernel tree."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import time
+from dataclasses import dataclass
+
+from storaged.errors import ErrorCode, StoragedError
+from storaged.host.users import device_users
+
+_LOOP_CTL_GET_FREE = 0x4C82
+_LOOP_CONFIGURE = 0x4C0A
+_LOOP_CLR_FD = 0x4C01
+_LOOP_SET_STATUS64 = 0x4C04
+_LOOP_GET_STATUS64 = 0x4C05
+_LOOP_SET_CAPACITY = 0x4C07
+_READ_ONLY = 1
+_AUTOCLEAR = 4
+_PARTSCAN = 8
+_DIRECT_IO = 16
+#: udev looks at a new or changed device for a moment: that is not a user, wait for it to go (seconds).
+_PROBE_PATIENCE = 1.0
+_PROBE_STEP = 0.005
+
+
+class _Info64(ctypes.Structure):
+    """struct loop_info64."""
+
+    _fields_ = [
+        ("device", ctypes.c_uint64),
+        ("inode", ctypes.c_uint64),
+        ("rdevice", ctypes.c_uint64),
+        ("offset", ctypes.c_uint64),
+        ("sizelimit", ctypes.c_uint64),
+        ("number", ctypes.c_uint32),
+        ("encrypt_type", ctypes.c_uint32),
+        ("encrypt_key_size", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("file_name", ctypes.c_char * 64),
+        ("crypt_name", ctypes.c_char * 64),
+        ("encrypt_key", ctypes.c_uint8 * 32),
+        ("init", ctypes.c_uint64 * 2),
+    ]
+
+
+class _Config(ctypes.Structure):
+    """struct loop_config."""
+
+    _fields_ = [
+        ("fd", ctypes.c_uint32),
+        ("block_size", ctypes.c_uint32),
+        ("info", _Info64),
+        ("reserved", ctypes.c_uint64 * 8),
+    ]
+
+
+@dataclass(frozen=True)
+class LoopDevice:
+    """A loop device that is set up: its path and the number that tells this set-up from any later one."""
+
+    path: str
+    diskseq: int
+
+
+def set_up(
+    backing: str, *, label: str, read_only: bool, direct_io: bool, block_size: int, attempts: int = 64
+) -> LoopDevice:
+    """Put a free loop device over a file, in one ioctl (LOOP_CONFIGURE, Linux 5.8), and return it.
+
+    ``label`` (at most 63 bytes) is for losetup's eyes, ``block_size`` the logical block size in bytes. The
+    device does not vanish at its last close, and its partitions are scanned. Raises NO_FREE_DEVICE,
+    DEVICE_FAILED.
+    """
+    file = os.open(backing, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+    try:
+        config = _Config(fd=file, block_size=block_size)
+        config.info.flags = _PARTSCAN | (_READ_ONLY if read_only else 0) | (_DIRECT_IO if direct_io else 0)
+        config.info.file_name = os.fsencode(label)[:63]
+        for _ in range(attempts):
+            device = _next_free()
+            path = f"/dev/loop{device}"
+            try:
+                fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+            except (FileNotFoundError, PermissionError) as error:
+                raise _no_free(f"{path}: {error.strerror}") from error
+            try:
+                fcntl.ioctl(fd, _LOOP_CONFIGURE, config)
+            except OSError as error:
+                if error.errno == errno.EBUSY:
+                    continue  # somebody else was faster with this number
+                raise StoragedError(
+                    ErrorCode.DEVICE_FAILED, f"cannot set up {path}", cause=error.strerror or str(error),
+                    hint="LOOP_CONFIGURE needs Linux 5.8 or newer; see dmesg",
+                ) from error
+            finally:
+                os.close(fd)
+            return LoopDevice(path, diskseq(path))
+        raise _no_free("every one was taken by somebody else first")
+    finally:
+        os.close(file)
+
+
+def _next_free() -> int:
+    try:
+        control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise _no_free(f"/dev/loop-control: {error.strerror}") from error
+    try:
+        return fcntl.ioctl(control, _LOOP_CTL_GET_FREE)
+    except OSError as error:
+        raise _no_free(error.strerror or str(error)) from error
+    finally:
+        os.close(control)
+
+
+def _no_free(cause: str) -> StoragedError:
+    return StoragedError(
+        ErrorCode.NO_FREE_DEVICE, "there is no free loop device", cause=cause,
+        hint="load the module (modprobe loop), or free some: losetup -a lists them",
+    )
+
+
+def diskseq(path: str) -> int:
+    """Return the kernel's serial number of what is behind this device now (sysfs, Linux 5.15), 0 if unknown."""
+    text = _sysfs(path, "diskseq")
+    return int(text) if text else 0
+
+
+def backing_file(path: str) -> str | None:
+    """Return the path of the backing file as the kernel sees it, None when the device is not set up."""
+    return _sysfs(path, "loop/backing_file")
+
+
+def _sysfs(path: str, attribute: str) -> str | None:
+    try:
+        with open(f"/sys/block/{os.path.basename(path)}/{attribute}", encoding="utf-8", errors="surrogateescape") as f:
+            return f.read().rstrip("\n")
+    except OSError:
+        return None
+
+
+def find_by_backing(backing: str) -> list[LoopDevice]:
+    """Return the loop devices over exactly this path."""
+    return [
+        LoopDevice(f"/dev/{entry}", diskseq(f"/dev/{entry}"))
+        for entry in os.listdir("/sys/block")
+        if entry.startswith("loop") and backing_file(f"/dev/{entry}") == backing
+    ]
+
+
+def device_size(path: str) -> int | None:
+    """Return the size in bytes, None when there is no such device."""
+    text = _sysfs(path, "size")
+    return int(text) * 512 if text else None
+
+
+def partitions(path: str) -> dict[int, str]:
+    """Return the partitions that the kernel sees, by number: {1: "/dev/loop3p1"}."""
+    name = os.path.basename(path)
+    try:
+        entries = os.listdir(f"/sys/block/{name}")
+    except FileNotFoundError:
+        return {}
+    prefix = f"{name}p"
+    return {
+        int(entry.removeprefix(prefix)): f"/dev/{entry}"
+        for entry in entries
+        if entry.startswith(prefix) and entry.removeprefix(prefix).isdigit()
+    }
+
+
+def update_size(path: str) -> None:
+    """Make a loop device take over the size of its backing file (LOOP_SET_CAPACITY). Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(fd, _LOOP_SET_CAPACITY, 0)
+    finally:
+        os.close(fd)
+
+
+def release(device: LoopDevice, *, read_only: bool) -> None:
+    """Take a loop device away that nobody uses; data is flushed first.
+
+    Refuses with DEVICE_IN_USE, the device as it was, when it is mounted, swapped on, held, or open anywhere.
+    FLUSH_FAILED when what was written cannot be brought to the image. No error when it is gone already.
+    """
+    deadline = time.monotonic() + _PROBE_PATIENCE
+    while True:
+        fd = _open_alone(device, read_only=read_only, deadline=deadline)
+        if fd is None:
+            return
+        try:
+            if not read_only:
+                _flush(fd, device.path)
+            fcntl.ioctl(fd, _LOOP_CLR_FD)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return
+            raise
+        finally:
+            # The last close is what detaches: synchronously, when nobody else has it open.
+            os.close(fd)
+        if not _is_bound(device):
+            return
+        # Somebody opened it without O_EXCL. LOOP_CLR_FD now means "at the last close": take that back.
+        _clear_autoclear(device)
+        if time.monotonic() >= deadline:
+            raise _in_use(device.path)
+        time.sleep(_PROBE_STEP)
+
+
+def release_by_force(device: LoopDevice) -> list[str]:
+    """Take a loop device away whoever uses it: at once if it is free, else at its last close.
+
+    Returns who still uses it. Writes to nothing and waits for nothing.
+    """
+    if not _is_bound(device):
+        return []
+    try:
+        fd = os.open(device.path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return []
+    try:
+        fcntl.ioctl(fd, _LOOP_CLR_FD)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+    finally:
+        os.close(fd)
+    return device_users(device.path) if _is_bound(device) else []
+
+
+def flush(device: LoopDevice) -> None:
+    """Bring what was written to the device into the image (fsync(2)). May block; raises FLUSH_FAILED."""
+    fd = os.open(device.path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if _is_bound(device):
+            _flush(fd, device.path)
+    finally:
+        os.close(fd)
+
+
+def _flush(fd: int, path: str) -> None:
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        raise StoragedError(
+            ErrorCode.FLUSH_FAILED, f"the data written to {path} cannot be flushed",
+            cause=error.strerror or str(error),
+            hint="make room or repair the storage below and detach again; --force gives the data up",
+        ) from error
+
+
+def _open_alone(device: LoopDevice, *, read_only: bool, deadline: float) -> int | None:
+    """Return an O_EXCL descriptor: while it is held, nobody can mount or claim the device. None: it is gone."""
+    while _is_bound(device):
+        try:
+            return os.open(device.path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_EXCL | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+        users = device_users(device.path)
+        if users or time.monotonic() >= deadline:
+            raise _in_use(device.path, users)
+        time.sleep(_PROBE_STEP)
+    return None
+
+
+def _in_use(path: str, users: list[str] | None = None) -> StoragedError:
+    named = device_users(path) if users is None else users
+    return StoragedError(
+        ErrorCode.DEVICE_IN_USE, f"{path} is in use", cause=named[0] if named else "somebody has it open",
+        hint="unmount or close it first; detach --force ends it all the same",
+        users=named,
+    )
+
+
+def _is_bound(device: LoopDevice) -> bool:
+    return backing_file(device.path) is not None and diskseq(device.path) == device.diskseq
+
+
+def _clear_autoclear(device: LoopDevice) -> None:
+    try:
+        fd = os.open(device.path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        if not _is_bound(device):
+            return
+        info = _Info64()
+        fcntl.ioctl(fd, _LOOP_GET_STATUS64, info)
+        if info.flags & _AUTOCLEAR:
+            info.flags &= ~_AUTOCLEAR
+            fcntl.ioctl(fd, _LOOP_SET_STATUS64, info)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+    finally:
+        os.close(fd)

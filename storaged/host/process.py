@@ -1,0 +1,89 @@
+"""Processes by identity, not by number: pidfd_open(2), proc(5)."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from storaged.model.record import ProcessIdentity
+
+
+def identify(pid: int) -> ProcessIdentity | None:
+    """Return what tells this process from any other, None if there is none or it is a zombie."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            # The command name is in parentheses and may itself hold any character but NUL.
+            fields = file.read().rpartition(b")")[2].split()
+        if fields[0] in (b"Z", b"X"):
+            return None
+        executable = os.stat(f"/proc/{pid}/exe")
+    except (FileNotFoundError, ProcessLookupError, IndexError):
+        return None
+    return ProcessIdentity(
+        pid=pid, start_time=int(fields[19]), exe_device=executable.st_dev, exe_inode=executable.st_ino
+    )
+
+
+def open_pidfd(process: ProcessIdentity) -> int | None:
+    """Return a pidfd of exactly this process (readable once it is dead), None if it is gone.
+
+    The identity is compared again after the descriptor is there, so that a recycled number is found out.
+    """
+    try:
+        pidfd = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return None
+    if identify(process.pid) != process:
+        os.close(pidfd)
+        return None
+    return pidfd
+
+
+def kill(pidfd: int) -> None:
+    """SIGKILL; no error when the process is gone."""
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def reap(pidfd: int) -> str:
+    """Collect a dead child and say how it ended; an adopted process is not ours to collect: empty text."""
+    try:
+        result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+    except ChildProcessError:
+        return ""
+    if result is None:
+        return ""
+    if result.si_code == os.CLD_EXITED:
+        return f"it exited with status {result.si_status}"
+    try:
+        name = signal.Signals(result.si_status).name
+    except ValueError:
+        name = f"signal {result.si_status}"
+    return f"it was ended by {name}"
+
+
+def find_by_argument(argument: str) -> list[ProcessIdentity]:
+    """Return the processes that have exactly this argument on their command line."""
+    found = []
+    wanted = os.fsencode(argument)
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit():
+            continue
+        try:
+            with open(f"/proc/{entry}/cmdline", "rb") as file:
+                arguments = file.read().split(b"\0")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if wanted in arguments:
+            process = identify(int(entry))
+            if process is not None:
+                found.append(process)
+    return found
+
+
+def boot_id() -> str:
+    """Return the kernel's identity of this boot (random(4)): records of another boot say nothing any more."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()

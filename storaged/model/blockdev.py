@@ -1,0 +1,82 @@
+"""Builds the tree of block nodes that QSD opens for a volume. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from storaged.model.formats import COPY_ON_WRITE, Format
+
+Node = dict[str, Any]
+#: The node that is exported, whatever lies below it.
+DISK = "disk"
+#: The source below the overlay of a snapshot, and the overlay's file.
+BASE = "base"
+OVERLAY_FILE = "overlay-file"
+EXPORT = "export"
+#: The id of the secret that opens an encrypted image.
+PASSPHRASE = "passphrase"
+
+
+@dataclass(frozen=True)
+class Image:
+    """One image of a chain: how its data is reached, and what its header says must be opened with it."""
+
+    format: Format
+    protocol: Node
+    data_file: Node | None = None
+
+
+def image_tree(
+    chain: Sequence[Image], *, read_only: bool, node_name: str, cache: Mapping[str, bool]
+) -> Node:
+    """Return one blockdev-add argument for an image and its backing chain.
+
+    Every child is named explicitly, down to ``"backing": null`` at the end, so that QEMU follows nothing that
+    an image's header says. Only the first image is ever opened for writing.
+    """
+    image, rest = chain[0], chain[1:]
+    node: Node = {
+        "driver": image.format.value,
+        "node-name": node_name,
+        "read-only": read_only,
+        "discard": "unmap",
+        "cache": dict(cache),
+        "file": image.protocol,
+    }
+    if image.format is Format.LUKS:
+        node["key-secret"] = PASSPHRASE
+    if image.data_file is not None:
+        node["data-file"] = image.data_file
+    if image.format in COPY_ON_WRITE:
+        node["backing"] = (
+            image_tree(rest, read_only=True, node_name=f"{node_name}-backing", cache=cache) if rest else None
+        )
+    return node
+
+
+def overlay_file_node(protocol: Node, limit: int) -> Node:
+    """The overlay's file as a disk of a fixed size (bytes): beyond it, writes fail with ENOSPC."""
+    return {
+        "driver": "raw", "node-name": OVERLAY_FILE, "size": limit, "discard": "unmap", "file": protocol,
+    }
+
+
+def overlay_tree(cache: Mapping[str, bool]) -> Node:
+    """The disk of a snapshot: a qcow2 overlay whose header names no backing file; it is given here."""
+    return {
+        "driver": "qcow2",
+        "node-name": DISK,
+        "discard": "unmap",
+        "cache": dict(cache),
+        "file": OVERLAY_FILE,
+        "backing": BASE,
+    }
+
+
+def node_names_needed(snapshot: bool) -> frozenset[str]:
+    """The nodes that must exist before the disk counts as open."""
+    return frozenset({DISK, BASE, OVERLAY_FILE}) if snapshot else frozenset({DISK})
+
+

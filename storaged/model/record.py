@@ -1,0 +1,41 @@
+"""The record of an attachment, kept below /run: what an adoption is compared with and a successor started from."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from storaged.model.spec import VolumeSpec
+
+
+class ProcessIdentity(msgspec.Struct, frozen=True, kw_only=True):
+    """What makes a process the one that was started, and no other that got its number (proc(5))."""
+
+    pid: int
+    start_time: int
+    """Field 22 of /proc/PID/stat, in clock ticks after boot."""
+    exe_device: int
+    exe_inode: int
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """What was chosen and set up for one attachment; a successor uses this, never newer defaults."""
+
+    version: Literal[1] = 1
+    spec: VolumeSpec
+    transport: str
+    transport_reason: str
+    binary: str
+    qsd_version: str = ""
+    process: ProcessIdentity | None = None
+    identities: list[str] = []
+    """The source identities that the process holds locks on."""
+    size: int = 0
+    """Bytes of the disk once it was opened, 0 before."""
+    device: str | None = None
+    """The block device, for example /dev/loop3, once there is one."""
+    diskseq: int = 0
+    """/sys/block/X/diskseq of that device: another number means that it is another disk by now."""
+    direct_io: bool = False
+    overlay: str | None = None

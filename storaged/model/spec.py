@@ -1,0 +1,99 @@
+"""What a user asks for: the desired state, the only thing that is stored for good."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from storaged.errors import ErrorCode, StoragedError
+from storaged.model.formats import Format
+from storaged.model.names import check_name
+
+#: Options of the volume itself; a backend adds its own (see storaged/backends).
+COMMON_OPTIONS = {
+    "backing": "allow:PATH[:PATH…], the images and directories that backing files may come from",
+    "cache": "none, writeback, writethrough, directsync or unsafe, as for QEMU; default writeback",
+    "key-file": "the file that holds the passphrase of a luks image",
+    "logical-block-size": "512 or 4096; default 512",
+    "snapshot-size": "the size that the overlay of --snapshot may grow to; default 10G",
+}
+CACHE_MODES = ("none", "writeback", "writethrough", "directsync", "unsafe")
+
+
+class VolumeSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One volume as wished for. Two attach requests mean the same when their specs are equal."""
+
+    name: str
+    source: str
+    format: Format = Format.RAW
+    transport: str = "auto"
+    read_only: bool = False
+    snapshot: bool = False
+    snapshot_dir: str | None = None
+    options: dict[str, str] = {}
+    persist: bool = False
+
+    @property
+    def writes_source(self) -> bool:
+        """Whether the source itself is written to (a snapshot writes to its overlay only)."""
+        return not (self.read_only or self.snapshot)
+
+    @property
+    def allowed_backing(self) -> list[str]:
+        """The files and directories that the user allows backing files to come from."""
+        value = self.options.get("backing", "")
+        return [path for path in value.removeprefix("allow:").split(":") if path]
+
+    @property
+    def logical_block_size(self) -> int:
+        """Bytes."""
+        return int(self.options.get("logical-block-size", "512"))
+
+
+class Desired(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A spec and whether it shall be attached. ``absent`` is stored while a detach is on its way."""
+
+    version: Literal[1] = 1
+    spec: VolumeSpec
+    wanted: Literal["attached", "absent"] = "attached"
+
+
+def check_spec(spec: VolumeSpec, backend_options: frozenset[str]) -> None:
+    """Raise INVALID_NAME or INVALID_ARGUMENT where the wishes make no sense together."""
+
+    def refuse(message: str, hint: str) -> None:
+        raise StoragedError(ErrorCode.INVALID_ARGUMENT, message, volume=spec.name, hint=hint)
+
+    check_name(spec.name)
+    options = spec.options
+    known = COMMON_OPTIONS.keys() | backend_options
+    for key in options:
+        if key not in known:
+            refuse(f"unknown option {key!r}", f"known here: {', '.join(sorted(known))}")
+    backing = options.get("backing")
+    if backing is not None:
+        if not backing.startswith("allow:") or not spec.allowed_backing:
+            refuse(f"option backing={backing!r} says nothing", "write backing=allow:/directory[:/another]")
+        for path in spec.allowed_backing:
+            if not path.startswith("/"):
+                refuse(f"option backing: {path!r} is not an absolute path", "write the whole path")
+    if options.get("cache", "writeback") not in CACHE_MODES:
+        refuse(f"option cache={options['cache']!r} is unknown", f"use one of {', '.join(CACHE_MODES)}")
+    if options.get("logical-block-size", "512") not in ("512", "4096"):
+        refuse(f"option logical-block-size={options['logical-block-size']!r}", "use 512 or 4096")
+    key_file = options.get("key-file")
+    if spec.format is Format.LUKS and key_file is None:
+        refuse("a luks image needs its passphrase", "say -o key-file=PATH")
+    if key_file is not None and spec.format is not Format.LUKS:
+        refuse(f"a {spec.format} image takes no key-file", "leave it out, or say --format luks")
+    if key_file is not None and not key_file.startswith("/"):
+        refuse(f"option key-file: {key_file!r} is not an absolute path", "write the whole path")
+    if spec.snapshot and spec.read_only:
+        refuse("--snapshot and --read-only exclude each other", "a snapshot is writable, its source never is")
+    if not spec.snapshot and (spec.snapshot_dir is not None or "snapshot-size" in options):
+        refuse("a snapshot directory or size without --snapshot", "add --snapshot or leave them out")
+    if spec.snapshot_dir is not None and not spec.snapshot_dir.startswith("/"):
+        refuse(f"snapshot directory {spec.snapshot_dir!r} is not an absolute path", "write the whole path")
+    if "\0" in spec.source or any("\0" in text for pair in options.items() for text in pair):
+        refuse("a source or option holds a NUL character", "leave it out")

@@ -1,0 +1,95 @@
+"""Starts qemu-storage-daemon so that it outlives this daemon."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Sequence
+
+from storaged.errors import ErrorCode, StoragedError
+from storaged.host.process import identify
+from storaged.model.record import ProcessIdentity
+
+#: What of its own environment the daemon hands on; TMPDIR is the volume's own.
+_ENVIRONMENT = ("PATH", "LANG", "LC_ALL")
+_LOG_TAIL = 2000
+
+
+def pidfile(directory: str) -> str:
+    """The path of QSD's pid file; on its command line, it also tells whose QSD a process is."""
+    return os.path.join(directory, "qsd.pid")
+
+
+def qmp_socket(directory: str) -> str:
+    """The path of QSD's QMP socket in the private directory of a volume."""
+    return os.path.join(directory, "qmp.sock")
+
+
+def find_binary(binary: str) -> str:
+    """Return the absolute path of a qemu-storage-daemon. Raises QSD_MISSING."""
+    path = shutil.which(binary)
+    if path is None:
+        raise StoragedError(
+            ErrorCode.QSD_MISSING, f"the program {binary!r} is not there",
+            hint="install it (Debian 12: qemu-system-common, Debian 13: qemu-block-extra and qemu-utils bring "
+            "their parts; storaged doctor tells), or set qsd.binary in storaged.toml",
+        )
+    return path
+
+
+def spawn(binary: str, directory: str, listener: socket.socket, keep: Sequence[int]) -> ProcessIdentity:
+    """Start QSD with nothing but its QMP monitor on ``listener`` and return who it is.
+
+    The monitor's socket is listening already, so a client can connect at once and waits for the greeting, not
+    for a file to appear. The descriptors ``keep`` (source locks, claims) are inherited and live as long as the
+    process. It gets a session of its own, so that no signal to the daemon's terminal or group reaches it.
+    Blocks for an exec. Raises QSD_MISSING, QSD_DIED.
+    """
+    environment = {key: os.environ[key] for key in _ENVIRONMENT if key in os.environ}
+    environment["TMPDIR"] = os.path.join(directory, "tmp")
+    with open(os.path.join(directory, "qsd.log"), "ab") as log:
+        try:
+            child = subprocess.Popen(
+                [
+                    binary,
+                    "--chardev", f"socket,id=qmp,fd={listener.fileno()},server=on,wait=off",
+                    "--monitor", "chardev=qmp",
+                    "--pidfile", pidfile(directory),
+                ],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", env=environment,
+                pass_fds=[listener.fileno(), *keep], start_new_session=True,
+            )
+        except OSError as error:
+            raise StoragedError(
+                ErrorCode.QSD_MISSING, f"cannot execute {binary}", cause=error.strerror or str(error),
+                hint="install qemu-storage-daemon again, or set qsd.binary in storaged.toml",
+            ) from error
+    process = identify(child.pid)
+    # It is watched and collected through its pidfd; Popen must neither wait for it nor warn about it.
+    child.returncode = 0
+    if process is None:
+        os.waitpid(child.pid, 0)
+        raise died(directory, "it ended at once")
+    return process
+
+
+def died(directory: str, how: str) -> StoragedError:
+    """The failure of a QSD that ended by itself, with the last it wrote."""
+    return StoragedError(
+        ErrorCode.QSD_DIED, "qemu-storage-daemon ended", cause="; ".join(filter(None, [how, log_tail(directory)])),
+        hint=f"see {os.path.join(directory, 'qsd.log')} while the volume is there, and the journal",
+    )
+
+
+def log_tail(directory: str) -> str:
+    """Return the last lines that QSD wrote, on one line; empty if there are none."""
+    try:
+        with open(os.path.join(directory, "qsd.log"), "rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - _LOG_TAIL))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return ""
+    return " | ".join(line.strip() for line in text.splitlines()[-3:] if line.strip())

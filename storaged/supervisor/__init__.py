@@ -1,0 +1,1 @@
+"""One actor per volume: observe, plan, do one step, observe."""

@@ -1,0 +1,128 @@
+"""The daemon: configuration, stores, manager and API, put together and taken apart."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import grp
+import logging
+import os
+import signal
+import sys
+from dataclasses import replace
+
+import uvloop
+
+from storaged.api.server import Server
+from storaged.errors import ErrorCode, StoragedError
+from storaged.host.unixsock import bind_unix
+from storaged.model.config import Config, parse_config
+from storaged.model.layout import LOCK_DIR, Layout
+from storaged.store.local import LocalStore
+from storaged.supervisor.environment import Environment
+from storaged.supervisor.events import EventHub
+from storaged.supervisor.manager import Manager
+
+log = logging.getLogger("storaged")
+
+
+def run(layout: Layout, config_file: str | None) -> int:
+    """Run the daemon until SIGTERM or SIGINT and return its exit status. Volumes stay attached."""
+    config = load_config(layout, config_file)
+    logging.basicConfig(
+        stream=sys.stderr, level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s"
+    )
+    # The kernel shows paths without symbolic links; ours must read the same.
+    for directory, mode in ((layout.run_dir, 0o755), (layout.state_dir, 0o700), (layout.dev_dir, 0o755)):
+        _make_directory(directory, mode)
+    layout = replace(
+        layout, run_dir=os.path.realpath(layout.run_dir), state_dir=os.path.realpath(layout.state_dir)
+    )
+    lock = _lock_out_others(layout)
+    try:
+        uvloop.run(_serve(layout, config))
+    finally:
+        os.close(lock)
+    return 0
+
+
+def load_config(layout: Layout, config_file: str | None) -> Config:
+    """Read the configuration; the default file may be missing, one that was named may not."""
+    path = config_file or layout.config_file
+    try:
+        with open(path, "rb") as file:
+            return parse_config(file.read(), path)
+    except FileNotFoundError as error:
+        if config_file is None:
+            return Config()
+        raise StoragedError(
+            ErrorCode.INVALID_ARGUMENT, f"there is no configuration file {path}", hint="check --config"
+        ) from error
+    except OSError as error:
+        raise StoragedError(
+            ErrorCode.INVALID_ARGUMENT, f"cannot read {path}", cause=error.strerror or ""
+        ) from error
+
+
+async def _serve(layout: Layout, config: Config) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    environment = Environment(
+        layout=layout, config=config, persistent=LocalStore(layout.desired_persistent),
+        volatile=LocalStore(layout.desired_volatile), events=EventHub(), lock_directory=LOCK_DIR,
+    )
+    async with asyncio.TaskGroup() as tasks:
+        manager = Manager(environment, tasks)
+        group = _group(config)
+        listener = bind_unix(layout.socket, mode=0o660)
+        os.chown(layout.socket, -1, group)
+        server = Server(manager, listener, group)
+        await manager.start()
+        server.start()
+        log.info("ready, %d volumes, socket %s", len(manager.volumes()), layout.socket)
+        await stop.wait()
+        log.info("ending; volumes stay attached")
+        await server.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(layout.socket)
+        for task in manager.actors():
+            task.cancel()
+
+
+def _group(config: Config) -> int:
+    if config.socket_group is None:
+        return os.getegid()
+    try:
+        return grp.getgrnam(config.socket_group).gr_gid
+    except KeyError as error:
+        raise StoragedError(
+            ErrorCode.INVALID_ARGUMENT, f"there is no group {config.socket_group!r}",
+            hint="create it (groupadd --system), or correct socket_group in storaged.toml",
+        ) from error
+
+
+def _make_directory(path: str, mode: int) -> None:
+    try:
+        os.makedirs(path, mode=mode, exist_ok=True)
+    except OSError as error:
+        raise StoragedError(
+            ErrorCode.PERMISSION_DENIED, f"cannot create {path}", cause=error.strerror or "",
+            hint="run the daemon as root, or give it a --root that it may write to",
+        ) from error
+
+
+def _lock_out_others(layout: Layout) -> int:
+    """One daemon per root: return the descriptor that holds its lock. Raises DAEMON_RUNNING."""
+    path = os.path.join(layout.run_dir, "daemon.lock")
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(fd)
+        raise StoragedError(
+            ErrorCode.DAEMON_RUNNING, "another storaged runs here", cause=f"it holds {path}",
+            hint="end it first, or use another --root",
+        ) from error
+    return fd

@@ -1,0 +1,26 @@
+"""What all volumes of one daemon share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from storaged.model.config import Config
+from storaged.model.layout import Layout
+from storaged.store.base import Store
+from storaged.supervisor.events import EventHub
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Directories, configuration, stores and the way to the watchers."""
+
+    layout: Layout
+    config: Config
+    persistent: Store
+    volatile: Store
+    events: EventHub
+    lock_directory: str
+
+    def store_of(self, persist: bool) -> Store:
+        """The store in which a volume's desired state is kept."""
+        return self.persistent if persist else self.volatile

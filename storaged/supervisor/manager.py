@@ -1,0 +1,206 @@
+"""All volumes of the daemon: finds them at the start, makes and forgets their actors, answers for them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+
+import msgspec
+
+from storaged.backends import find_backend
+from storaged.errors import ErrorCode, StoragedError
+from storaged.host.atomic import write_atomic
+from storaged.host.blocking import BlockingCalls
+from storaged.host.process import boot_id
+from storaged.model.names import check_name
+from storaged.model.record import Record
+from storaged.model.spec import Desired, VolumeSpec, check_spec
+from storaged.store.base import Damaged
+from storaged.supervisor import overlay
+from storaged.supervisor.environment import Environment
+from storaged.supervisor.volume import Volume
+from storaged.transports import choose_transport
+
+log = logging.getLogger("storaged.manager")
+
+
+class Manager:
+    """Knows every volume by its name."""
+
+    def __init__(self, environment: Environment, tasks: asyncio.TaskGroup) -> None:
+        self.environment = environment
+        self._tasks = tasks
+        self._volumes: dict[str, Volume] = {}
+        self._actors: dict[str, asyncio.Task[None]] = {}
+        self._blocking = BlockingCalls("storaged")
+
+    async def start(self) -> None:
+        """Find what is wished and what is left of earlier daemons, and let an actor adopt each.
+
+        A damaged entry is set aside and said; the other volumes come up.
+        """
+        for desired in await self._blocking("read the stored volumes", 60, self._collect):
+            self._begin(Volume(desired, self.environment), adopt=True)
+
+    def volumes(self) -> list[Volume]:
+        """All volumes, sorted by name."""
+        return [self._volumes[name] for name in sorted(self._volumes)]
+
+    def actors(self) -> list[asyncio.Task[None]]:
+        """The tasks of all volumes."""
+        return list(self._actors.values())
+
+    def get(self, name: str) -> Volume:
+        """Return a volume. Raises NO_SUCH_VOLUME."""
+        volume = self._volumes.get(name)
+        if volume is None:
+            raise StoragedError(
+                ErrorCode.NO_SUCH_VOLUME, f"there is no volume {name!r}", volume=name,
+                hint="storaged list shows what is there",
+            )
+        return volume
+
+    async def attach(self, spec: VolumeSpec, timeout: float | None) -> Volume:
+        """Attach a volume, or wait for the one that was attached with the same wishes.
+
+        Raises VOLUME_EXISTS, with nothing changed, where the wishes differ.
+        """
+        self._check(spec)
+        patience = timeout or self.environment.config.attach_timeout
+        volume = self._volumes.get(spec.name)
+        if volume is not None:
+            if volume.spec != spec:
+                raise StoragedError(
+                    ErrorCode.VOLUME_EXISTS, "the volume is attached with other wishes", volume=spec.name,
+                    cause=_difference(volume.spec, spec), hint="detach it first, or choose another name",
+                )
+            await volume.attach(patience)
+            return volume
+        volume = self._volumes[spec.name] = Volume(Desired(spec=spec), self.environment, fresh=True)
+        try:
+            store = self.environment.store_of(spec.persist)
+            await self._blocking("store what is wished", 30.0, store.put, Desired(spec=spec))
+        except BaseException:
+            del self._volumes[spec.name]
+            raise
+        request = asyncio.ensure_future(volume.attach(patience))
+        # One turn of the loop: the request is in the inbox before the actor looks into it.
+        await asyncio.sleep(0)
+        self._begin(volume, adopt=False)
+        await request
+        return volume
+
+    async def detach(self, name: str, *, force: bool, timeout: float | None) -> list[str]:
+        """Take a volume away; return what is left behind by force."""
+        volume = self.get(name)
+        notes = await volume.detach(force=force, timeout=timeout or self.environment.config.detach_timeout)
+        actor = self._actors.get(name)
+        if actor is not None and volume.ended:
+            await asyncio.wait({actor})
+        return notes
+
+    async def resize(self, name: str, size: int, timeout: float | None) -> Volume:
+        """Grow a volume to ``size`` bytes."""
+        volume = self.get(name)
+        await volume.resize(size, timeout or self.environment.config.attach_timeout)
+        return volume
+
+    def _check(self, spec: VolumeSpec) -> None:
+        """Refuse what can be refused without touching anything."""
+        check_name(spec.name)
+        try:
+            backend = find_backend(spec.source)
+            check_spec(spec, frozenset(backend.options))
+            backend.check_options(spec.options)
+            backend.parse(spec.source)
+            if spec.snapshot:
+                overlay.limit_of(spec)
+            if spec.transport != "auto":
+                choose_transport(spec.transport, None)
+        except StoragedError as error:
+            error.at(volume=spec.name)
+            raise
+
+    def _begin(self, volume: Volume, *, adopt: bool) -> None:
+        name = volume.spec.name
+        self._volumes[name] = volume
+        self._actors[name] = self._tasks.create_task(self._live(volume, adopt=adopt), name=f"volume {name}")
+
+    async def _live(self, volume: Volume, *, adopt: bool) -> None:
+        name = volume.spec.name
+        try:
+            await volume.run(adopt=adopt)
+        except Exception:
+            # The edge of an actor: a bug in one must not end the others. Its QSD and device go on working.
+            log.exception("the actor of volume %s ended; restart storaged to adopt it again", name)
+            return
+        if self._volumes.get(name) is volume:
+            del self._volumes[name]
+            del self._actors[name]
+
+    # At the start ----------------------------------------------------------------------------------------------
+
+    def _collect(self) -> list[Desired]:
+        """Return what an actor is needed for: stored wishes, and what has no wish any more but is still there."""
+        environment, layout = self.environment, self.environment.layout
+        self._forget_former_boot()
+        found: dict[str, Desired] = {}
+        for store in (environment.persistent, environment.volatile):
+            loaded = store.load()
+            found.update(loaded.volumes)
+            for damaged in loaded.damaged:
+                self._report(damaged)
+                record = self._record_of(damaged.name)
+                if record is not None:
+                    log.warning("volume %s goes on from its record", damaged.name)
+                    found[damaged.name] = Desired(spec=record.spec)
+                    environment.store_of(record.spec.persist).put(found[damaged.name])
+        os.makedirs(layout.volumes_dir, mode=0o700, exist_ok=True)
+        for name in sorted({*os.listdir(layout.volumes_dir), *overlay.all_names(layout.snapshots_dir)}):
+            if name in found:
+                continue
+            try:
+                check_name(name)
+            except StoragedError:
+                continue
+            record = self._record_of(name)
+            spec = record.spec if record else VolumeSpec(name=name, source="unknown")
+            log.warning("volume %s: nobody wants what is left of it; it is taken away unless it is used", name)
+            found[name] = Desired(spec=spec, wanted="absent")
+        return [found[name] for name in sorted(found)]
+
+    def _record_of(self, name: str) -> Record | None:
+        path = os.path.join(self.environment.layout.volume_dir(name), "record.json")
+        with contextlib.suppress(OSError, ValueError), open(path, "rb") as file:
+            record = msgspec.json.decode(file.read(), type=Record)
+            return record if record.spec.name == name else None
+        return None
+
+    def _report(self, damaged: Damaged) -> None:
+        text = f"the stored volume is damaged: {damaged.cause}; set aside as {damaged.set_aside}"
+        log.error("volume %s: %s [%s]", damaged.name, text, ErrorCode.STATE_DAMAGED)
+        self.environment.events.publish(damaged.name, "failure", "absent", text)
+
+    def _forget_former_boot(self) -> None:
+        """With --root on a disk, "run" survives a reboot: what it holds of another boot means nothing."""
+        layout = self.environment.layout
+        marker = os.path.join(layout.run_dir, "boot_id")
+        now = boot_id()
+        try:
+            with open(marker, encoding="ascii") as file:
+                if file.read() == now:
+                    return
+            for directory in (layout.volumes_dir, layout.desired_volatile):
+                shutil.rmtree(directory, ignore_errors=True)
+        except FileNotFoundError:
+            pass
+        write_atomic(marker, now.encode())
+
+
+def _difference(present: VolumeSpec, wanted: VolumeSpec) -> str:
+    """Say in which wishes two specs differ."""
+    fields = [field for field in VolumeSpec.__struct_fields__ if getattr(present, field) != getattr(wanted, field)]
+    return "; ".join(f"{field} is {getattr(present, field)!r}, not {getattr(wanted, field)!r}" for field in fields)

@@ -1,0 +1,426 @@
+"""The actor of one volume: one task, one request at a time, nothing that happens in it touches another."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from storaged.errors import ErrorCode, StoragedError
+from storaged.model.plan import Goal, Observed, Step, plan
+from storaged.model.recovery import STABLE_AFTER, backoff
+from storaged.model.spec import Desired
+from storaged.model.states import State, state_of
+from storaged.supervisor.attachment import Attachment
+from storaged.supervisor.environment import Environment
+
+log = logging.getLogger("storaged.volume")
+
+#: Seconds between two looks at an online volume (sysfs and mounts only; a death is told by its pidfd at once).
+_LOOK_EVERY = 15.0
+#: Seconds between two looks at a volume that is not online, at least.
+_LEAST_PATIENCE = 2.0
+#: The same step this often in a row means that it has no effect.
+_MOST_REPEATS = 3
+#: Seconds to take back what a failed attach did.
+_UNDO_PATIENCE = 30.0
+
+#: Refusals of a detach that leave the volume as it was.
+_REFUSALS = frozenset({ErrorCode.DEVICE_IN_USE, ErrorCode.FLUSH_FAILED})
+
+
+@dataclass
+class _Request:
+    """Something asked of the actor, and where its outcome goes."""
+
+    run: Callable[[], Awaitable[None]]
+    timeout: float
+    done: asyncio.Future[None]
+    gone_is_fine: bool = False
+
+
+class Volume:
+    """A volume: what is wished, what is seen, and the task that brings the two together."""
+
+    def __init__(self, desired: Desired, environment: Environment, *, fresh: bool = False) -> None:
+        """``fresh``: it comes from an attach request, and goes again if that fails."""
+        self.spec = desired.spec
+        self.goal = Goal(desired.wanted)
+        self.state = State.ABSENT
+        self.since = time.time()
+        self.failure: StoragedError | None = None
+        self.seen = Observed()
+        self.attachment = Attachment(desired.spec, environment, self._on_death)
+        self._environment = environment
+        self._inbox: asyncio.Queue[_Request | None] = asyncio.Queue()
+        self._current: asyncio.Task[None] | None = None
+        self._fresh = fresh
+        self._was_online = False
+        self._step: Step | None = None
+        self._setbacks = 0
+        self._not_before = 0.0
+        self._next_look = 0.0
+        self._running = False
+        self._leaving = False
+
+    # What others ask -----------------------------------------------------------------------------------------
+
+    async def attach(self, timeout: float) -> None:
+        """Bring the volume online; when it never was, a failure takes back all that was done."""
+        await self._ask(self._attach, timeout)
+
+    async def detach(self, *, force: bool, timeout: float) -> list[str]:
+        """Take the volume away and return what stays. By force: whatever is under way is given up first."""
+        notes: list[str] = []
+        if force and self._current is not None:
+            self._current.cancel()
+        await self._ask(lambda: self._detach(force, notes), timeout, gone_is_fine=True)
+        return notes
+
+    async def resize(self, size: int, timeout: float) -> None:
+        """Grow the volume to ``size`` bytes."""
+        await self._ask(lambda: self._resize(size, timeout), timeout)
+
+    async def _ask(
+        self, run: Callable[[], Awaitable[None]], timeout: float, *, gone_is_fine: bool = False
+    ) -> None:
+        if self.ended:
+            raise self._nothing_left()
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._inbox.put_nowait(_Request(run, timeout, done, gone_is_fine))
+        await done
+
+    # The task ------------------------------------------------------------------------------------------------
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing of the volume is left and its actor is done."""
+        return self._running and self.goal is Goal.ABSENT and self.state is State.ABSENT
+
+    async def run(self, *, adopt: bool) -> None:
+        """Live until the volume is gone. ``adopt``: an earlier daemon may have left something running."""
+        try:
+            if adopt:
+                await self._serve(_Request(self._adopt, self._environment.config.attach_timeout, _nobody()))
+            elif self._inbox.empty():
+                raise RuntimeError("a fresh volume's actor runs because of a request")
+            self._running = True
+            while not self.ended:
+                await self._serve(await self._next())
+        finally:
+            await self.attachment.leave()
+            while not self._inbox.empty():
+                request = self._inbox.get_nowait()
+                if request is None or request.done.done():
+                    continue
+                if request.gone_is_fine:
+                    request.done.set_result(None)
+                else:
+                    request.done.set_exception(self._nothing_left())
+
+    async def _next(self) -> _Request:
+        """Wait for a request, a death (None in the inbox), or the time to look."""
+        config = self._environment.config
+        try:
+            async with asyncio.timeout(max(0.0, self._next_look - time.monotonic())):
+                request = await self._inbox.get()
+        except TimeoutError:
+            request = None
+        return request or _Request(self._look, config.attach_timeout, _nobody())
+
+    async def _serve(self, request: _Request) -> None:
+        """Run one request; its failure goes to whoever asked, and never further."""
+        self._current = asyncio.create_task(self._bounded(request))
+        try:
+            await asyncio.wait({self._current})
+        except asyncio.CancelledError:
+            self._leaving = True
+            self._current.cancel()
+            await asyncio.wait({self._current})
+            raise
+        finally:
+            finished, self._current = self._current, None
+        error = _error_of(finished)
+        if error is not None:
+            self._fail(error.at(volume=self.spec.name))
+        self._next_look = time.monotonic() + self._patience()
+        if request.done.done():
+            return
+        if error is None:
+            request.done.set_result(None)
+        else:
+            request.done.set_exception(error)
+
+    async def _bounded(self, request: _Request) -> None:
+        try:
+            async with asyncio.timeout(request.timeout):
+                await request.run()
+        except TimeoutError as error:
+            raise StoragedError(
+                ErrorCode.TIMEOUT, f"not done within {request.timeout:g} s", step=self._step or "",
+                hint=f"storaged show {self.spec.name} tells what it waits for; try again with a longer --timeout",
+            ) from error
+
+    def _on_death(self) -> None:
+        if self._current is None:
+            self._inbox.put_nowait(None)
+
+    def _patience(self) -> float:
+        """Seconds until the next look if nothing happens: spread, so that 100 volumes do not look at once."""
+        if self.attachment.last_death is not None:
+            return 0.0
+        if self.state is State.ONLINE:
+            return _LOOK_EVERY * random.uniform(0.9, 1.1)
+        return max(_LEAST_PATIENCE, self._not_before - time.monotonic())
+
+    # What is done ------------------------------------------------------------------------------------------------
+
+    async def _adopt(self) -> None:
+        await self.attachment.adopt()
+        self.spec = self.attachment.spec
+        # The record of a device means that it has been usable: what is missing now is replaced.
+        self._was_online = self.attachment.record is not None and self.attachment.record.device is not None
+        try:
+            await self._converge()
+        except StoragedError as error:
+            if self.goal is Goal.ABSENT and error.code in _REFUSALS:
+                # A detach that an earlier daemon began is refused: the volume stays.
+                await self._keep()
+            raise
+
+    async def _look(self) -> None:
+        if self.state is State.ONLINE and self.attachment.looks_well():
+            return
+        if self._adoption_refused:
+            return
+        self._count_death()
+        if time.monotonic() < self._not_before:
+            self.seen = await self.attachment.observe()
+            self._settle(working=True)
+            return
+        await self._converge()
+
+    def _count_death(self) -> None:
+        """A death that nobody asked for: the first is repaired at once, repeated ones after a while."""
+        death, self.attachment.last_death = self.attachment.last_death, None
+        if death is None:
+            return
+        if time.monotonic() - self.attachment.started_at > STABLE_AFTER:
+            self._setbacks = 0
+        self.failure = death.at(volume=self.spec.name)
+        self._set_back()
+        log.warning("%s", death)
+        self._emit("failure", str(death))
+
+    def _set_back(self) -> None:
+        self._setbacks += 1
+        self._not_before = time.monotonic() + backoff(self._setbacks)
+
+    async def _attach(self) -> None:
+        if self.goal is Goal.ABSENT:
+            raise StoragedError(
+                ErrorCode.VOLUME_BUSY, "the volume is being detached", volume=self.spec.name,
+                hint="wait until it is gone, or end it: storaged detach --force",
+            )
+        if self.failure is not None and self._adoption_refused:
+            raise self.failure
+        try:
+            await self._converge()
+        except BaseException as error:
+            if self._fresh and not self._leaving:
+                if isinstance(error, StoragedError):
+                    self._fail(error)
+                await self._undo()
+            raise
+        self._fresh = False
+
+    async def _undo(self) -> None:
+        """Take back a first attach that failed; shielded, because it must end whatever ended the attach."""
+        self.goal = Goal.ABSENT
+        task = asyncio.create_task(self._take_down())
+        cancelled: asyncio.CancelledError | None = None
+        while not task.done():
+            try:
+                await asyncio.wait({task})
+            except asyncio.CancelledError as error:
+                cancelled = error
+        problem = _error_of(task)
+        if problem is not None:
+            log.error("cannot take back the failed attach of %s: %s", self.spec.name, problem)
+        if cancelled is not None:
+            raise cancelled
+
+    async def _take_down(self) -> None:
+        async with asyncio.timeout(_UNDO_PATIENCE):
+            await self._converge(force=True)
+
+    async def _detach(self, force: bool, notes: list[str]) -> None:
+        before, self.goal = self.goal, Goal.ABSENT
+        stored = False
+        try:
+            try:
+                await self._store(Desired(spec=self.spec, wanted="absent"))
+                stored = True
+            except StoragedError:
+                # On a full disk a volume must still go away: the entry is deleted at the end all the same.
+                if not force:
+                    raise
+                stored = True
+            await self._converge(force=force, notes=notes)
+        except StoragedError as error:
+            if not stored:
+                self.goal = before
+            elif error.code in _REFUSALS:
+                await self._keep()
+            raise
+
+    async def _keep(self) -> None:
+        """A detach was refused, and nothing was changed: the volume is wanted again."""
+        self.goal = Goal.ATTACHED
+        try:
+            await self._store(Desired(spec=self.spec))
+        except StoragedError as error:
+            log.error("volume %s stays attached, but a restart would not know it: %s", self.spec.name, error)
+        self._settle()
+
+    async def _resize(self, size: int, timeout: float) -> None:
+        if self.state is not State.ONLINE:
+            raise StoragedError(
+                ErrorCode.VOLUME_BUSY, f"the volume is {self.state}, not online", volume=self.spec.name,
+                step="resize", hint=f"storaged show {self.spec.name} says why",
+            )
+        try:
+            await self.attachment.resize(size, timeout)
+        except StoragedError as error:
+            raise error.at(volume=self.spec.name, step="resize") from error
+        self._emit("state", f"resized to {size} bytes")
+
+    async def _converge(self, *, force: bool = False, notes: list[str] | None = None) -> None:
+        """Observe, plan, do one step, observe, until nothing is left to do. Raises what a step fails with."""
+        repeats, last = 0, None
+        self._step = None
+        while True:
+            self.seen = await self.attachment.observe()
+            step = plan(self.goal, self.seen)
+            repeats = repeats + 1 if step is last else 1
+            last = step
+            self._settle(working=step is not None)
+            if step is None:
+                break
+            if repeats > _MOST_REPEATS:
+                raise StoragedError(
+                    ErrorCode.INTERNAL, "a step has no effect", volume=self.spec.name, step=step,
+                    cause=f"it was done {_MOST_REPEATS} times and {self.seen} did not change",
+                    hint="look into the journal, and report this",
+                )
+            self._step = step
+            self._emit("step", _DOING[step])
+            try:
+                await self.attachment.perform(step, timeout=self._environment.config.attach_timeout, force=force)
+            except StoragedError as error:
+                raise error.at(volume=self.spec.name, step=step) from error
+            for note in self.attachment.notes:
+                self._emit("note", note)
+                if notes is not None:
+                    notes.append(note)
+            self._step = None
+        if self.goal is Goal.ABSENT:
+            store = self._environment.store_of(self.spec.persist)
+            await self.attachment.blocking("forget the volume", 30.0, store.delete, self.spec.name)
+            self._emit("removed", "detached")
+        elif self.state is not State.ONLINE:
+            raise StoragedError(
+                ErrorCode.QSD_SILENT, "qemu-storage-daemon does not answer", volume=self.spec.name, step="observe",
+                hint="the storage below may hang; detach --force ends the volume without it",
+            )
+
+    async def _store(self, desired: Desired) -> None:
+        store = self._environment.store_of(self.spec.persist)
+        await self.attachment.blocking("store what is wished", 30.0, store.put, desired)
+
+    # What is seen ------------------------------------------------------------------------------------------------
+
+    @property
+    def _adoption_refused(self) -> bool:
+        return (
+            self.goal is Goal.ATTACHED
+            and self.failure is not None and self.failure.code is ErrorCode.ADOPTION_REFUSED
+        )
+
+    def _settle(self, *, working: bool = False) -> None:
+        """Take over the state that the last observation amounts to."""
+        failed = not working and self.failure is not None
+        state = state_of(self.goal, self.seen, was_online=self._was_online, failed=failed)
+        if self._adoption_refused:
+            state = State.FAILED
+        if state is State.ONLINE:
+            self._was_online = True
+            self.failure = None
+            if self._setbacks and time.monotonic() - self.attachment.started_at > STABLE_AFTER:
+                self._setbacks = 0
+        self._set_state(state)
+
+    def _fail(self, error: StoragedError) -> None:
+        """Keep the failure and show it, unless the volume works all the same (a refused detach or resize)."""
+        self._settle()
+        if self.state is State.ONLINE:
+            return
+        news = self.failure is None or str(self.failure) != str(error)
+        self.failure = error
+        self._settle()
+        self._set_back()
+        if news:
+            self._emit("failure", str(error))
+            log.error("%s [%s]", error, error.code)
+
+    def _set_state(self, state: State) -> None:
+        if state is self.state:
+            return
+        log.info("volume %s: %s -> %s", self.spec.name, self.state, state)
+        self.state, self.since = state, time.time()
+        self._emit("state", state.value)
+
+    def _emit(self, kind: str, message: str) -> None:
+        self._environment.events.publish(self.spec.name, kind, self.state.value, message)
+
+    def _nothing_left(self) -> StoragedError:
+        return self.failure or StoragedError(
+            ErrorCode.NO_SUCH_VOLUME, f"there is no volume {self.spec.name!r} any more", volume=self.spec.name
+        )
+
+
+_DOING = {
+    Step.CLEAR: "clearing what a dead export left",
+    Step.START: "starting qemu-storage-daemon",
+    Step.OPEN: "opening the source",
+    Step.EXPORT: "exporting the disk",
+    Step.CONNECT: "setting up the device",
+    Step.PUBLISH: "linking the stable name",
+    Step.DISCONNECT: "flushing and taking the device away",
+    Step.UNPUBLISH: "removing the stable name",
+    Step.STOP: "stopping qemu-storage-daemon",
+    Step.REMOVE: "removing the volume's directory",
+}
+
+
+def _nobody() -> asyncio.Future[None]:
+    """A place for an outcome that nobody asked for."""
+    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    future.set_result(None)
+    return future
+
+
+def _error_of(task: asyncio.Task[None]) -> StoragedError | None:
+    if task.cancelled():
+        return StoragedError(ErrorCode.TIMEOUT, "given up", cause="a detach by force, or the daemon's end, came first")
+    error = task.exception()
+    if error is None or isinstance(error, StoragedError):
+        return error
+    log.error("a bug in the actor of a volume", exc_info=error)
+    return StoragedError(
+        ErrorCode.INTERNAL, "storaged has a bug here", cause=f"{type(error).__name__}: {error}",
+        hint="the journal has the details; please report it",
+    )

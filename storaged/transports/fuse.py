@@ -1,0 +1,158 @@
+"""FUSE and a loop device: QSD exports the disk as a file (block/export/fuse.c in QEMU), the kernel makes a disk
+of it. Works on every kernel with FUSE and loop.
+
+What it survives: the daemon's death, always. QSD's death ends I/O with EIO (ENOTCONN below): a new export and
+a new loop device are set up, users of the old one have to open the new one.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from storaged.host import loop, mounts
+from storaged.model.blockdev import DISK, EXPORT
+from storaged.model.plan import Device
+from storaged.model.record import Record
+from storaged.qsd.version import QsdVersion, loop_direct_io_is_safe, parse_version
+from storaged.transports.base import Availability, Connected, Seen, Site
+
+#: How long a forced detach waits for written data to reach the image (seconds).
+_FORCED_FLUSH = 5.0
+
+
+class FuseTransport:
+    """The transport ``fuse``."""
+
+    name = "fuse"
+
+    def probe(self, version: QsdVersion | None) -> Availability:
+        """FUSE in the kernel (or its module can be loaded on open), the loop driver, QSD ≥ 6.0."""
+        if version is not None and version < QsdVersion(6, 0, 0):
+            return Availability(False, f"qemu-storage-daemon {version} has no FUSE export, 6.0 is needed")
+        for path, module in (("/dev/fuse", "fuse"), ("/dev/loop-control", "loop")):
+            try:
+                os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+            except OSError as error:
+                return Availability(False, f"{path}: {error.strerror} (modprobe {module})")
+        return Availability(True, "fuse: /dev/fuse and loop devices are there")
+
+    def export(self, site: Site, record: Record) -> dict[str, Any]:
+        """BlockExportOptionsFuse. Only root may look into it, and it never grows by a write."""
+        return {
+            "type": "fuse", "id": EXPORT, "node-name": DISK, "mountpoint": self._mountpoint(site),
+            "writable": not record.spec.read_only, "growable": False, "allow-other": "off",
+        }
+
+    async def prepare(self, site: Site, record: Record, timeout: float) -> None:
+        """The mount point is a regular file."""
+
+        def touch() -> None:
+            path = self._mountpoint(site)
+            mounts.unmount(path)
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+
+        await site.blocking("prepare the mount point", timeout, touch)
+
+    def observe(self, site: Site, record: Record | None, *, alive: bool) -> Seen:
+        """The mount by statx, which asks no FUSE server; the device by sysfs."""
+        mountpoint = self._mountpoint(site)
+        mounted = mounts.is_mount_point(mountpoint)
+        device = Device.NONE
+        known = self._loop(record)
+        if known is not None:
+            backing = loop.backing_file(known.path)
+            if backing is not None and loop.diskseq(known.path) == known.diskseq:
+                # After a lazy unmount the kernel no longer shows the path: the device stands on a dead inode.
+                device = Device.HEALTHY if alive and mounted and backing == mountpoint else Device.STALE
+        return Seen(reachable=mounted, device=device, remains=mounted)
+
+    def find_device(self, site: Site) -> Connected | None:
+        """A loop device over the path of the export."""
+        found = loop.find_by_backing(self._mountpoint(site))
+        return Connected(found[0].path, found[0].diskseq, False) if found else None
+
+    async def connect(self, site: Site, record: Record, timeout: float) -> Connected:
+        """A loop device over the export. One that is there already (the reply was lost) is taken over."""
+        version = parse_version(f"version {record.qsd_version}")
+        direct_io = version is not None and loop_direct_io_is_safe(version)
+
+        def set_up() -> loop.LoopDevice:
+            mountpoint = self._mountpoint(site)
+            found = loop.find_by_backing(mountpoint)
+            if found:
+                for extra in found[1:]:
+                    loop.release_by_force(extra)
+                return found[0]
+            return loop.set_up(
+                mountpoint, label=f"storaged:{site.name}", read_only=record.spec.read_only,
+                direct_io=direct_io, block_size=record.spec.logical_block_size,
+            )
+
+        device = await site.blocking("set up a loop device", timeout, set_up)
+        return Connected(device.path, device.diskseq, direct_io)
+
+    async def disconnect(self, site: Site, record: Record, timeout: float) -> None:
+        """Flush, then LOOP_CLR_FD under an O_EXCL descriptor."""
+        device = self._loop(record)
+        if device is not None:
+            await site.blocking(
+                "take the loop device away", timeout, loop.release, device, read_only=record.spec.read_only
+            )
+
+    async def disconnect_by_force(self, site: Site, record: Record, timeout: float) -> list[str]:
+        """Flush what can be flushed in a few seconds, then let go of the device at its last close."""
+        device = self._loop(record)
+        if device is None:
+            return []
+        notes = []
+        if not record.spec.read_only:
+            try:
+                await site.blocking("flush the device", min(timeout, _FORCED_FLUSH), loop.flush, device)
+            except Exception as error:  # whatever it is, the device goes away; the user is told
+                notes.append(f"not all that was written could be flushed: {error}")
+        users = await site.blocking("take the loop device away", timeout, loop.release_by_force, device)
+        return notes + [f"{device.path} fails all I/O and stays until its last user is gone: {user}" for user in users]
+
+    async def clear(self, site: Site, record: Record | None, timeout: float) -> list[str]:
+        """Unmount lazily, release every loop device that stands on this export."""
+        mountpoint = self._mountpoint(site)
+        known = self._loop(record)
+
+        def work() -> list[str]:
+            devices = loop.find_by_backing(mountpoint)
+            if known is not None and known not in devices:
+                devices.append(known)
+            mounts.unmount(mountpoint)
+            return [
+                f"{device.path} fails all I/O and stays until its last user is gone: {user}"
+                for device in devices for user in loop.release_by_force(device)
+            ]
+
+        return await site.blocking("clear what a dead export left", timeout, work)
+
+    async def resized(self, site: Site, record: Record, size: int, timeout: float) -> None:
+        """The kernel must ask QSD for the file's size before the loop device can follow."""
+
+        def follow() -> None:
+            if mounts.fresh_size(self._mountpoint(site)) == size and record.device is not None:
+                loop.update_size(record.device)
+
+        await site.blocking("resize the loop device", timeout, follow)
+
+    def partitions(self, record: Record) -> dict[int, str]:
+        """As the kernel sees them."""
+        return loop.partitions(record.device) if record.device is not None else {}
+
+    @staticmethod
+    def _mountpoint(site: Site) -> str:
+        return os.path.join(site.directory, "disk")
+
+    @staticmethod
+    def _loop(record: Record | None) -> loop.LoopDevice | None:
+        if record is None or record.device is None:
+            return None
+        return loop.LoopDevice(record.device, record.diskseq)
+
+
+TRANSPORT = FuseTransport()
