@@ -29,8 +29,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     binary: str
     qsd_version: str = ""
     process: ProcessIdentity | None = None
-    identities: list[str] = []
-    """The source identities that the process holds locks on."""
+    sources: dict[str, bool] = {}
+    """The source identities that the process holds locks on, and whether it writes to them."""
     size: int = 0
     """Bytes of the disk once it was opened, 0 before."""
     device: str | None = None

@@ -80,7 +80,9 @@ class Attachment:
     async def observe(self) -> Observed:
         """Look at the process, at QMP, and at the host's side."""
         qsd, opened, export = Qsd.NONE, False, False
-        if self._pidfd is not None:
+        if self._pidfd is None:
+            await self._hang_up()
+        else:
             try:
                 session = await self._connected()
                 needed = blockdev.node_names_needed(self.spec.snapshot)
@@ -130,6 +132,7 @@ class Attachment:
         self.record = record
         if record is not None:
             self.spec = record.spec
+            self._environment.claims.hold(self.spec.name, record.sources)
             if record.process is not None and self._watch(record.process):
                 found = self.transport.find_device(self._site)
                 if record.device is None and found is not None:
@@ -203,6 +206,7 @@ class Attachment:
                 await self._export(timeout)
             case Step.CONNECT:
                 connected = await self.transport.connect(self._site, self._known(), timeout)
+                self._environment.fault("connect: made")
                 self._note(device=connected.device, diskseq=connected.diskseq, direct_io=connected.direct_io)
             case Step.PUBLISH:
                 record = self._known()
@@ -238,7 +242,8 @@ class Attachment:
         await self.transport.resized(self._site, self._known(), size, timeout)
 
     async def leave(self) -> None:
-        """The daemon ends: let go of everything without touching it."""
+        """The volume is gone, or the daemon ends: let go of everything without touching it."""
+        self._environment.claims.drop(self.spec.name)
         if self._pidfd is not None:
             asyncio.get_running_loop().remove_reader(self._pidfd)
             os.close(self._pidfd)
@@ -257,20 +262,23 @@ class Attachment:
             known = former.binary if former is not None else ""
             binary = find_binary(known or environment.config.qsd.binary)
             wanted = opening.inspect(spec)
+            environment.claims.hold(spec.name, wanted.sources)
             held = opening.take(wanted, environment.lock_directory, f"volume {spec.name} ({self._directory})")
             try:
                 os.makedirs(os.path.join(self._directory, "tmp"), mode=0o700, exist_ok=True)
                 place = self._reserve_overlay() if spec.snapshot else None
                 record = Record(
                     spec=spec, transport=transport.name, transport_reason=why, binary=binary,
-                    identities=wanted.identities, overlay=place, size=former.size if former else 0,
+                    sources=dict(wanted.sources), overlay=place, size=former.size if former else 0,
                 )
                 self._write_record(record)
+                environment.fault("start: recorded")
                 listener = bind_unix(qmp_socket(self._directory), mode=0o600)
                 try:
                     child = spawn(binary, self._directory, listener, held)
                 finally:
                     listener.close()
+                environment.fault("start: spawned")
                 record = msgspec.structs.replace(record, process=child)
                 self._write_record(record)
                 return wanted, record, connect_unix(qmp_socket(self._directory))
@@ -310,7 +318,7 @@ class Attachment:
         if spec.snapshot:
             await self._open_overlay(session, timeout)
         again = await self._site.blocking("look at the source", timeout, opening.inspect, spec)
-        if again.identities != wanted.identities:
+        if again.sources != wanted.sources:
             raise StoragedError(
                 ErrorCode.SOURCE_CHANGED, "the source was replaced while it was opened",
                 hint="find out who replaces it, then attach again",
@@ -343,6 +351,7 @@ class Attachment:
             }
             await session.run_job("blockdev-create", create, "create", timeout=timeout)
             await session.execute("blockdev-del", {"node-name": blockdev.OVERLAY_FILE}, timeout=timeout)
+            self._environment.fault("open: overlay created")
             await self._site.blocking("finish the overlay", timeout, overlay.finish, path)
         limit = await self._site.blocking("look at the overlay", timeout, os.path.getsize, path)
         protocol = backend.node(path, read_only=False, options=self.spec.options)

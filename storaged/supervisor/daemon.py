@@ -22,6 +22,7 @@ from storaged.model.layout import LOCK_DIR, Layout
 from storaged.store.local import LocalStore
 from storaged.supervisor.environment import Environment
 from storaged.supervisor.events import EventHub
+from storaged.supervisor.faults import fault_from_environment
 from storaged.supervisor.manager import Manager
 
 log = logging.getLogger("storaged")
@@ -72,6 +73,7 @@ async def _serve(layout: Layout, config: Config) -> None:
     environment = Environment(
         layout=layout, config=config, persistent=LocalStore(layout.desired_persistent),
         volatile=LocalStore(layout.desired_volatile), events=EventHub(), lock_directory=LOCK_DIR,
+        fault=fault_from_environment(),
     )
     async with asyncio.TaskGroup() as tasks:
         manager = Manager(environment, tasks)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from storaged.model.config import Config
 from storaged.model.layout import Layout
 from storaged.store.base import Store
+from storaged.supervisor.claims import Claims
 from storaged.supervisor.events import EventHub
+from storaged.supervisor.faults import Fault, no_fault
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,8 @@ class Environment:
     volatile: Store
     events: EventHub
     lock_directory: str
+    claims: Claims = field(default_factory=Claims)
+    fault: Fault = no_fault
 
     def store_of(self, persist: bool) -> Store:
         """The store in which a volume's desired state is kept."""

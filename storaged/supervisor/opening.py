@@ -23,27 +23,15 @@ _MAX_KEY = 64 * 1024
 
 
 @dataclass(frozen=True)
-class LockWish:
-    """A source identity and whether it will be written to."""
-
-    identity: str
-    exclusive: bool
-
-
-@dataclass(frozen=True)
 class Opening:
     """What one volume's QSD opens."""
 
     node: dict[str, Any]
-    locks: tuple[LockWish, ...]
+    sources: Mapping[str, bool]
+    """The source identities, and whether each is written to."""
     claims: tuple[str, ...]
     """Block devices that must be claimed against mounts while QSD can write to them."""
     key_file: str | None
-
-    @property
-    def identities(self) -> list[str]:
-        """For the record."""
-        return [wish.identity for wish in self.locks]
 
 
 def cache_flags(spec: VolumeSpec) -> Mapping[str, bool]:
@@ -93,8 +81,7 @@ def inspect(spec: VolumeSpec) -> Opening:
                 wishes[below] = exclusive or wishes.get(below, False)
     return Opening(
         node=node,
-        # Sorted: two that want the same sources meet at the same lock first.
-        locks=tuple(LockWish(identity, wishes[identity]) for identity in sorted(wishes)),
+        sources=wishes,
         claims=tuple(claims),
         key_file=spec.options.get("key-file") if spec.format is Format.LUKS else None,
     )
@@ -111,8 +98,9 @@ def take(opening: Opening, directory: str, owner: str) -> list[int]:
     """Take all locks and claims and return their descriptors. Raises SOURCE_IN_USE, holding nothing."""
     held: list[int] = []
     try:
-        for wish in opening.locks:
-            held.append(locks.take_lock(directory, wish.identity, exclusive=wish.exclusive, owner=owner))
+        # Sorted: two that want the same sources meet at the same lock first.
+        for identity, exclusive in sorted(opening.sources.items()):
+            held.append(locks.take_lock(directory, identity, exclusive=exclusive, owner=owner))
         for device in opening.claims:
             held.append(locks.claim_block_device(device))
     except BaseException:

@@ -318,10 +318,12 @@ class Volume:
                 )
             self._step = step
             self._emit("step", _DOING[step])
+            self._environment.fault(f"before {step}")
             try:
                 await self.attachment.perform(step, timeout=self._environment.config.attach_timeout, force=force)
             except StoragedError as error:
                 raise error.at(volume=self.spec.name, step=step) from error
+            self._environment.fault(f"after {step}")
             for note in self.attachment.notes:
                 self._emit("note", note)
                 if notes is not None:
@@ -329,6 +331,7 @@ class Volume:
             self._step = None
         if self.goal is Goal.ABSENT:
             store = self._environment.store_of(self.spec.persist)
+            self._environment.fault("before forget")
             await self.attachment.blocking("forget the volume", 30.0, store.delete, self.spec.name)
             self._emit("removed", "detached")
         elif self.state is not State.ONLINE:
