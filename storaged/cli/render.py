@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 _GAP = "  "
 _COLUMNS = ("NAME", "STATE", "DEVICE", "SIZE", "TRANSPORT", "FORMAT", "MODE", "SOURCE")
 #: The last column is cut to what the terminal leaves, but never below this.
-_MIN_LAST = 12
+_MIN_LAST = 10
+#: Left out on a terminal that is too narrow, in this order; ``show`` tells them.
+_EXPENDABLE = ("TRANSPORT", "FORMAT", "SIZE", "MODE")
 #: Columns of what is no terminal, and so has no width.
 _ENDLESS = 100_000
 _STYLES = {"ok": "green", "info": "cyan", "warn": "yellow", "fail": "bold red"}
@@ -97,11 +99,18 @@ def note(line: str) -> None:
 def volume_table(volumes: Sequence[dict[str, Any]], width: int | None = None) -> str:
     """Return the table of ``storaged list``, cut to ``width`` columns (by default the terminal's)."""
     rows = [_COLUMNS, *(_row(volume) for volume in volumes)]
-    widths = [max(_cells(row[column]) for row in rows) for column in range(len(_COLUMNS) - 1)]
-    left = (terminal_width() if width is None else width) - sum(widths) - len(_GAP) * len(widths)
+    widths = {
+        column: len(_GAP) + max(_cells(row[index]) for row in rows)
+        for index, column in enumerate(_COLUMNS[:-1])
+    }
+    left = (terminal_width() if width is None else width) - sum(widths.values())
+    for column in _EXPENDABLE:
+        if left < _MIN_LAST:
+            left += widths.pop(column)
     lines = []
     for row in rows:
-        line = "".join(_pad(cell, size) + _GAP for cell, size in zip(row[:-1], widths, strict=True))
+        cells = zip(_COLUMNS, row, strict=True)
+        line = "".join(_pad(cell, widths[column]) for column, cell in cells if column in widths)
         lines.append(line + _cut(row[-1], max(left, _MIN_LAST)))
     return "\n".join(lines)
 
@@ -113,7 +122,7 @@ def volume_details(volume: dict[str, Any], now: float | None = None) -> str:
     trouble = volume.get("failure") or {}
     transport = str(volume.get("transport") or "-")
     if volume.get("transport_reason"):
-        transport += f" ({volume['transport_reason']})"
+        transport += f" ({str(volume['transport_reason']).removeprefix(f'{transport}: ')})"
     qsd = "-"
     if volume.get("qsd_pid"):
         qsd = f"pid {volume['qsd_pid']}, version {volume.get('qsd_version') or 'unknown'}"

@@ -196,18 +196,17 @@ class Volume:
             return
         if self._adoption_refused:
             return
-        self._count_death()
-        if time.monotonic() < self._not_before:
+        death, self.attachment.last_death = self.attachment.last_death, None
+        if death is not None:
             self.seen = await self.attachment.observe()
             self._settle(working=True)
+            self._count_death(death)
+        if time.monotonic() < self._not_before:
             return
         await self._converge()
 
-    def _count_death(self) -> None:
+    def _count_death(self, death: StoragedError) -> None:
         """A death that nobody asked for: the first is repaired at once, repeated ones after a while."""
-        death, self.attachment.last_death = self.attachment.last_death, None
-        if death is None:
-            return
         if time.monotonic() - self.attachment.started_at > STABLE_AFTER:
             self._setbacks = 0
         self.failure = death.at(volume=self.spec.name)

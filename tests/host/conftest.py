@@ -1,0 +1,36 @@
+"""Fixtures of the tests with a real daemon, real QSD, FUSE and loop devices. They need root."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .harness import Daemon, leftovers
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A short directory on a filesystem of the disk."""
+    with tempfile.TemporaryDirectory(prefix="sd-", dir="/var/tmp") as name:
+        yield Path(os.path.realpath(name))
+
+
+@pytest.fixture
+def stopped(place: Path) -> Iterator[Daemon]:
+    """A daemon that the test starts by itself. Nothing of it may be left afterwards."""
+    daemon = Daemon(place / "root")
+    daemon.root.mkdir()
+    yield daemon
+    daemon.end()
+    assert leftovers(daemon.root) == []
+
+
+@pytest.fixture
+def daemon(stopped: Daemon) -> Daemon:
+    """A running daemon."""
+    stopped.start()
+    return stopped

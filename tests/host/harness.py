@@ -1,0 +1,219 @@
+"""A real daemon in a directory of its own, driven as a user drives it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from storaged.api.client import Client
+from storaged.errors import StoragedError
+from storaged.model.layout import Layout
+
+STORAGED = [str(Path(sys.executable).with_name("storaged"))]
+
+
+class Daemon:
+    """``storaged --root ROOT daemon`` as a process, and calls to it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.layout = Layout.below(str(root))
+        self.process: subprocess.Popen[bytes] | None = None
+        self.log = root.parent / f"{root.name}.log"
+
+    def start(self, *, fault: str = "", command: list[str] | None = None, wait: bool = True) -> None:
+        """Start it and wait until it answers; ``fault`` arms one (storaged.supervisor.faults)."""
+        environment = {**os.environ, "STORAGED_FAULT": fault} if fault else dict(os.environ)
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(
+                [*(command or []), *STORAGED, "--root", str(self.root), "daemon"],
+                stdout=log, stderr=log, env=environment, start_new_session=True,
+            )
+        if wait:
+            eventually(self.answers, "the daemon answers")
+
+    def answers(self) -> bool:
+        """Whether somebody serves the socket."""
+        try:
+            self.call("List")
+        except StoragedError:
+            assert self.process is None or self.process.poll() is None, self.log.read_text()
+            return False
+        return True
+
+    def kill(self) -> None:
+        """SIGKILL: what it was doing stays as it is."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> int:
+        """End it as systemd does; volumes stay."""
+        assert self.process is not None
+        self.process.terminate()
+        return self.process.wait(20)
+
+    def wait_dead(self) -> None:
+        """Wait until it ended by itself (an armed fault)."""
+        assert self.process is not None
+        assert self.process.wait(30) == -signal.SIGKILL
+
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """One Varlink call."""
+        with Client(self.layout.socket) as client:
+            return client.call(method, parameters, 60)
+
+    def attach(self, name: str, source: object, **wishes: Any) -> dict[str, Any]:
+        """Attach and return the volume."""
+        volume = self.call("Attach", name=name, source=str(source), **wishes)["volume"]
+        assert isinstance(volume, dict)
+        return volume
+
+    def device(self, name: str, source: object, **wishes: Any) -> str:
+        """Attach and return the device."""
+        return str(self.attach(name, source, **wishes)["device"])
+
+    def detach(self, name: str, **how: Any) -> list[str]:
+        """Detach and return the notes."""
+        return list(self.call("Detach", name=name, **how)["notes"])
+
+    def show(self, name: str) -> dict[str, Any]:
+        """One volume."""
+        return dict(self.call("Show", name=name)["volume"])
+
+    def names(self) -> list[str]:
+        """The names of all volumes."""
+        return [volume["name"] for volume in self.call("List")["volumes"]]
+
+    def cli_command(self) -> list[str]:
+        """The words with which every command line to this daemon begins."""
+        return [*STORAGED, "--root", str(self.root)]
+
+    def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """The command line."""
+        done = subprocess.run(
+            [*self.cli_command(), *arguments], capture_output=True, text=True, timeout=60
+        )
+        assert not check or done.returncode == 0, done.stderr
+        return done
+
+    def qsd(self, name: str) -> int:
+        """The pid of a volume's qemu-storage-daemon."""
+        return int(self.show(name)["qsd_pid"])
+
+    def kill_qsd(self, name: str) -> None:
+        """SIGKILL to a volume's qemu-storage-daemon."""
+        os.kill(self.qsd(name), signal.SIGKILL)
+
+    def online(self, name: str) -> bool:
+        """Whether a volume is online."""
+        return bool(self.show(name)["state"] == "online")
+
+    def end(self) -> None:
+        """Take everything away, whatever state it is in."""
+        if self.process is None or self.process.poll() is not None:
+            self.start()
+        for name in self.names():
+            try:
+                self.detach(name, force=True)
+            except StoragedError as error:
+                print(f"while ending: {error}")
+        self.stop()
+
+
+def eventually(condition: Callable[[], object], what: str, timeout: float = 20) -> None:
+    """Wait for a condition; a test's own deadline."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"still not: {what}"
+        time.sleep(0.02)
+
+
+def run(*command: object, check: bool = True, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end."""
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, timeout=100, input=stdin
+    )
+    assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+    return done
+
+
+def image(path: Path, format: str = "qcow2", size: str = "64M", *options: str) -> Path:
+    """Create an image with qemu-img."""
+    run("qemu-img", "create", "-q", "-f", format, *options, path, size)
+    return path
+
+
+@contextmanager
+def mounted(device: str, directory: Path, *options: str) -> Iterator[Path]:
+    """Mount a device for a while."""
+    directory.mkdir(exist_ok=True)
+    run("mount", *options, device, directory)
+    try:
+        yield directory
+    finally:
+        run("umount", directory)
+
+
+def reads(device: str, offset: int, length: int) -> bytes:
+    """Read from a device, past the page cache."""
+    run("blockdev", "--flushbufs", device)
+    with open(device, "rb") as file:
+        file.seek(offset)
+        return file.read(length)
+
+
+def writes(device: str, offset: int, data: bytes) -> None:
+    """Write to a device and flush."""
+    with open(device, "r+b") as file:
+        file.seek(offset)
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def leftovers(root: Path) -> list[str]:
+    """What of a daemon below ``root`` is still there: processes, loop devices, mounts, files, links."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if f"{root}/".encode() in entry.read_bytes() and b"qsd.pid" in entry.read_bytes():
+                found.append(f"process {entry.parent.name}")
+        except OSError:
+            continue
+    for entry in Path("/sys/block").glob("loop*/loop/backing_file"):
+        try:
+            if entry.read_text().startswith(f"{root}/run"):
+                found.append(f"loop device {entry.parent.parent.name}")
+        except OSError:
+            continue
+    found += [line for line in Path("/proc/mounts").read_text().splitlines() if f"{root}/run" in line]
+    layout = Layout.below(str(root))
+    for directory in (
+        layout.volumes_dir, layout.desired_volatile, layout.desired_persistent, layout.snapshots_dir, layout.dev_dir,
+    ):
+        if os.path.isdir(directory):
+            found += [f"{directory}/{entry}" for entry in os.listdir(directory)]
+    return found
+
+
+def error_of(call: Callable[[], object]) -> StoragedError:
+    """Return the failure that a call ends with."""
+    try:
+        call()
+    except StoragedError as error:
+        return error
+    raise AssertionError("it succeeded")
+
+
+def as_json(text: str) -> Any:
+    """Parse JSON."""
+    return json.loads(text)

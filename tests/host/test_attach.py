@@ -1,0 +1,273 @@
+"""A disk image becomes a block device of this host, and goes away again."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from storaged.errors import ErrorCode
+from storaged.qsd.version import loop_direct_io_is_safe, parse_version
+
+from .harness import Daemon, as_json, error_of, eventually, image, leftovers, mounted, reads, run, writes
+
+FORMATS = ["raw", "qcow2", "qed", "vmdk", "vdi", "vhdx", "vpc", "parallels", "qcow", "luks"]
+PATTERN = bytes(range(256)) * 256
+
+
+def qsd_version() -> tuple[int, int, int]:
+    """The installed QSD's version."""
+    version = parse_version(run("qemu-storage-daemon", "--version").stdout)
+    assert version is not None
+    return version
+
+
+def test_a_filesystem_on_an_attached_qcow2_is_in_the_image_after_detach(daemon: Daemon, place: Path) -> None:
+    source = image(place / "a.qcow2", size="256M")
+    device = daemon.device("a", source, format="qcow2")
+    run("mkfs.ext4", "-q", device)
+    with mounted(device, place / "mnt") as directory:
+        (directory / "file").write_bytes(PATTERN * 64)
+    run("fsck.ext4", "-fn", device)
+    daemon.detach("a")
+    assert not os.path.exists(daemon.layout.link("a"))
+    assert leftovers(daemon.root) == []
+    run("qemu-img", "check", source)
+    # Read back without storaged: another QSD export of the same image.
+    raw = place / "a.raw"
+    run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", source, raw)
+    with mounted(str(raw), place / "mnt", "-o", "ro,loop") as directory:
+        assert (directory / "file").read_bytes() == PATTERN * 64
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_gives_a_device_that_keeps_what_is_written(daemon: Daemon, place: Path, format: str) -> None:
+    source, wishes = place / "image", {}
+    if format == "luks":
+        key = place / "key"
+        key.write_text("correct horse")
+        run(
+            "qemu-img", "create", "-q", "-f", "luks", "--object", f"secret,id=k,file={key}",
+            "-o", "key-secret=k,iter-time=10", source, "64M",
+        )
+        wishes = {"options": {"key-file": str(key)}}
+    else:
+        image(source, format)
+    if format == "qcow" and qsd_version() >= (10, 0, 0):
+        error = error_of(lambda: daemon.attach("a", source, format=format))
+        assert error.code is ErrorCode.UNSUPPORTED
+        assert "qemu-img convert" in error.hint
+        return
+    device = daemon.device("a", source, format=format, **wishes)
+    writes(device, 1 << 20, PATTERN)
+    daemon.detach("a")
+    device = daemon.device("a", source, format=format, read_only=True, **wishes)
+    assert reads(device, 1 << 20, len(PATTERN)) == PATTERN
+    assert daemon.show("a")["format"] == format
+
+
+def test_a_second_attach_with_the_same_wishes_gives_the_same_device(daemon: Daemon, place: Path) -> None:
+    source = image(place / "a.qcow2")
+    first = daemon.attach("a", source, format="qcow2")
+    assert daemon.attach("a", source, format="qcow2") == first
+
+
+def test_an_attach_with_other_wishes_fails_and_changes_nothing(daemon: Daemon, place: Path) -> None:
+    source = image(place / "a.qcow2")
+    before = daemon.attach("a", source, format="qcow2")
+    for wishes in ({"format": "raw"}, {"format": "qcow2", "read_only": True}, {"format": "qcow2", "persist": True}):
+        error = error_of(lambda wishes=wishes: daemon.attach("a", source, **wishes))  # type: ignore[misc]  # mypy cannot type a default in a lambda
+        assert error.code is ErrorCode.VOLUME_EXISTS
+        assert error.cause
+    assert daemon.show("a") == before
+
+
+def test_the_stable_name_and_the_names_of_partitions_lead_to_the_devices(daemon: Daemon, place: Path) -> None:
+    source = image(place / "a.raw", "raw")
+    run("sfdisk", "-q", source, stdin="label: gpt\n,16M\n,16M\n")
+    device = daemon.device("a", source)
+    if not os.path.exists(f"{device}p1"):
+        # A kernel without any partition table's parser: partx tells it. The next look finds them.
+        run("partx", "-a", device)
+        daemon.attach("a", source)
+    links = {entry.name: os.readlink(entry) for entry in Path(daemon.layout.dev_dir).iterdir()}
+    assert links == {"a": device, "a-part1": f"{device}p1", "a-part2": f"{device}p2"}
+    run("mkfs.ext4", "-q", daemon.layout.link("a-part2"))
+    daemon.detach("a")
+    assert list(Path(daemon.layout.dev_dir).iterdir()) == []
+
+
+def test_a_read_only_volume_cannot_be_written_to(daemon: Daemon, place: Path) -> None:
+    source = image(place / "a.raw", "raw")
+    before = source.read_bytes()
+    device = daemon.device("a", source, read_only=True)
+    assert run("blockdev", "--getro", device).stdout.strip() == "1"
+    with pytest.raises(PermissionError):
+        writes(device, 0, b"x" * 512)
+    daemon.detach("a")
+    assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize("size", [512, 4096])
+def test_the_logical_block_size_is_carried_through(daemon: Daemon, place: Path, size: int) -> None:
+    source = image(place / "a.raw", "raw")
+    device = daemon.device("a", source, options={"logical-block-size": str(size)})
+    assert run("blockdev", "--getss", device).stdout.strip() == str(size)
+    assert daemon.show("a")["logical_block_size"] == size
+
+
+def test_discard_frees_room_in_the_image(daemon: Daemon, place: Path) -> None:
+    source = image(place / "a.raw", "raw")
+    device = daemon.device("a", source)
+    writes(device, 0, os.urandom(16 << 20))
+    full = source.stat().st_blocks
+    run("blkdiscard", device)
+    daemon.detach("a")
+    assert source.stat().st_blocks < full / 4
+
+
+def test_a_flush_reaches_the_image_while_the_volume_is_attached(daemon: Daemon, place: Path) -> None:
+    source = image(place / "a.raw", "raw")
+    writes(daemon.device("a", source), 4096, PATTERN)
+    with open(source, "rb") as file:
+        file.seek(4096)
+        assert file.read(len(PATTERN)) == PATTERN
+
+
+@pytest.mark.parametrize(("format", "how"), [("raw", "cli"), ("qcow2", "api")])
+def test_resize_grows_image_and_device_while_it_is_mounted(
+    daemon: Daemon, place: Path, format: str, how: str
+) -> None:
+    source = image(place / "a", format)
+    device = daemon.device("a", source, format=format)
+    run("mkfs.ext4", "-q", device)
+    with mounted(device, place / "mnt") as directory:
+        (directory / "file").write_bytes(PATTERN)
+        if how == "cli":
+            daemon.cli("resize", "a", "128M")
+        else:
+            assert daemon.call("Resize", name="a", size=128 << 20)["volume"]["size"] == 128 << 20
+        assert run("blockdev", "--getsize64", device).stdout.strip() == str(128 << 20)
+    run("fsck.ext4", "-fn", device)
+    run("resize2fs", device)
+    with mounted(device, place / "mnt") as directory:
+        assert (directory / "file").read_bytes() == PATTERN
+    daemon.detach("a")
+    assert as_json(run("qemu-img", "info", "-f", format, "--output=json", source).stdout)["virtual-size"] == 128 << 20
+
+
+def test_resize_never_shrinks_and_says_so_where_a_format_cannot_grow(daemon: Daemon, place: Path) -> None:
+    daemon.attach("a", image(place / "a.qcow2"), format="qcow2")
+    daemon.attach("b", image(place / "b.vmdk", "vmdk"), format="vmdk")
+    assert error_of(lambda: daemon.call("Resize", name="a", size=1 << 20)).code is ErrorCode.INVALID_SIZE
+    assert error_of(lambda: daemon.call("Resize", name="a", size=(128 << 20) + 1)).code is ErrorCode.INVALID_SIZE
+    error = error_of(lambda: daemon.call("Resize", name="b", size=128 << 20))
+    assert error.code is ErrorCode.UNSUPPORTED
+    assert daemon.online("a")
+    assert daemon.online("b")
+    assert daemon.show("b")["size"] == 64 << 20
+
+
+def test_what_is_written_under_load_is_what_is_read(daemon: Daemon, place: Path) -> None:
+    """The loop device uses direct I/O only with a QSD that does not corrupt data under it."""
+    device = daemon.device("a", image(place / "a.qcow2", size="256M"), format="qcow2")
+    direct = Path(f"/sys/block/{Path(device).name}/loop/dio").read_text().strip()
+    version = parse_version(run("qemu-storage-daemon", "--version").stdout)
+    assert version is not None
+    assert direct == ("1" if loop_direct_io_is_safe(version) else "0")
+    run(
+        "fio", "--name=verify", f"--filename={device}", "--rw=randrw", "--bs=4k-64k", "--size=200M", "--direct=1",
+        "--ioengine=libaio", "--iodepth=32", "--verify=crc32c", "--verify_fatal=1", "--io_size=400M",
+        "--output-format=terse",
+    )
+
+
+def test_a_host_block_device_can_be_attached_and_is_claimed_meanwhile(daemon: Daemon, place: Path) -> None:
+    lower = run("losetup", "-f", "--show", image(place / "lower.raw", "raw")).stdout.strip()
+    try:
+        run("mkfs.ext4", "-q", lower)
+        device = daemon.device("a", lower)
+        assert reads(device, 1080, 2) == b"\x53\xef"  # the magic of ext4
+        (place / "mnt").mkdir()
+        refused = run("mount", lower, place / "mnt", check=False)
+        assert refused.returncode != 0
+        assert "busy" in refused.stderr or "already mounted" in refused.stderr
+        daemon.detach("a")
+        with mounted(lower, place / "mnt"):
+            error = error_of(lambda: daemon.attach("a", f"host_device:{lower}"))
+            assert error.code is ErrorCode.SOURCE_IN_USE
+    finally:
+        run("losetup", "-d", lower)
+
+
+def test_twenty_volumes_come_and_go_at_once(daemon: Daemon, place: Path) -> None:
+    names = [f"v{number}" for number in range(20)]
+    for name in names:
+        image(place / name)
+    commands = [["attach", name, str(place / name), "--format", "qcow2"] for name in names]
+    for arguments in (commands, [["detach", name] for name in names]):
+        running = [
+            subprocess.Popen(
+                [*daemon.cli_command(), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+            for words in arguments
+        ]
+        outputs = [process.communicate(timeout=60) for process in running]
+        assert [process.returncode for process in running] == [0] * 20, outputs
+        if arguments is commands:
+            assert len({output for output, _ in outputs}) == 20
+            assert all(daemon.online(name) for name in names)
+    assert leftovers(daemon.root) == []
+
+
+def test_attached_and_detached_again_and_again_nothing_is_left(daemon: Daemon, place: Path) -> None:
+    source = image(place / "a.qcow2")
+    assert daemon.process is not None
+    descriptors = Path(f"/proc/{daemon.process.pid}/fd")
+    loops = len(list(Path("/sys/block").glob("loop*/loop/backing_file")))
+    daemon.device("a", source, format="qcow2")
+    daemon.detach("a")
+    before = len(list(descriptors.iterdir()))
+    for _ in range(200):
+        daemon.device("a", source, format="qcow2")
+        daemon.detach("a")
+    eventually(lambda: len(list(descriptors.iterdir())) <= before, "the daemon's descriptors are closed")
+    assert len(list(Path("/sys/block").glob("loop*/loop/backing_file"))) == loops
+    assert leftovers(daemon.root) == []
+
+
+def test_a_very_long_root_directory_works(place: Path) -> None:
+    root = place / ("x" * 120) / ("y" * 120)
+    root.mkdir(parents=True)
+    daemon = Daemon(root)
+    daemon.start()
+    try:
+        device = daemon.device("n" * 63, image(place / "a.qcow2"), format="qcow2")
+        writes(device, 0, PATTERN)
+        daemon.kill()
+        daemon.start()
+        eventually(lambda: daemon.online("n" * 63), "adopted")
+        assert daemon.cli("list", "--names").stdout == "n" * 63 + "\n"
+    finally:
+        daemon.end()
+    assert leftovers(root) == []
+
+
+def test_watch_tells_what_happens_as_it_happens(daemon: Daemon, place: Path) -> None:
+    with subprocess.Popen(
+        [*daemon.cli_command(), "watch", "--json"], stdout=subprocess.PIPE, text=True
+    ) as watcher:
+        assert watcher.stdout is not None
+        first = as_json(watcher.stdout.readline())
+        assert first["kind"] == "ready"
+        daemon.attach("a", image(place / "a.qcow2"), format="qcow2")
+        daemon.detach("a")
+        kinds = []
+        while not kinds or kinds[-1]["kind"] != "removed":
+            kinds.append(as_json(watcher.stdout.readline()))
+        states = [event["state"] for event in kinds if event["kind"] == "state"]
+        assert states == ["starting", "exporting", "attaching", "online", "detaching", "absent"]
+        assert all(event["volume"] == "a" for event in kinds)
+        watcher.terminate()
