@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from world import ACCIDENTS, EVERYTHING, POSSIBLE, do, makes_sense
 
 from storaged.model.plan import Device, Goal, Observed, Qsd, Step, plan
+from tests.unit.world import ACCIDENTS, EVERYTHING, POSSIBLE, do, makes_sense
 
 #: No way is longer: at most one of each step.
 MOST_STEPS = len(Step)

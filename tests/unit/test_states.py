@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from world import BOTH, POSSIBLE, after_accidents, do
 
 from storaged.model.plan import Device, Goal, Observed, Qsd, Step, plan
 from storaged.model.states import TRANSITIONS, State, state_of
+from tests.unit.world import BOTH, POSSIBLE, after_accidents, do
 
 #: Of later phases: no observation amounts to them yet.
 LATER = {State.STALLED, State.RESCUED}

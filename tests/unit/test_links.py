@@ -1,0 +1,102 @@
+"""The stable names: exactly those that shall be there, and nobody else's."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from storaged.errors import ErrorCode, StoragedError
+from storaged.host.links import any_link, links_are_right, publish, unpublish
+
+PARTS = {1: "/dev/loop3p1", 2: "/dev/loop3p2"}
+
+
+def links(directory: Path) -> dict[str, str]:
+    return {entry.name: os.readlink(entry) for entry in directory.iterdir()}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    return tmp_path / "dev" / "storaged"
+
+
+def test_a_device_and_its_partitions_get_their_names(place: Path) -> None:
+    publish(str(place), "web1", "/dev/loop3", PARTS)
+    assert links(place) == {
+        "web1": "/dev/loop3", "web1-part1": "/dev/loop3p1", "web1-part2": "/dev/loop3p2",
+    }
+    assert links_are_right(str(place), "web1", "/dev/loop3", PARTS)
+
+
+def test_publishing_again_changes_nothing_and_a_new_device_replaces_the_old(place: Path) -> None:
+    for device in ("/dev/loop3", "/dev/loop3", "/dev/loop4"):
+        publish(str(place), "web1", device, {})
+        assert links(place) == {"web1": device}
+
+
+def test_the_names_of_partitions_that_are_gone_go(place: Path) -> None:
+    publish(str(place), "web1", "/dev/loop3", PARTS)
+    publish(str(place), "web1", "/dev/loop3", {1: "/dev/loop3p1"})
+    assert set(links(place)) == {"web1", "web1-part1"}
+
+
+@pytest.mark.parametrize(
+    ("device", "partitions"),
+    [("/dev/loop4", PARTS), ("/dev/loop3", {}), ("/dev/loop3", {1: "/dev/loop3p1"}),
+     ("/dev/loop3", {**PARTS, 3: "/dev/loop3p3"}), ("/dev/loop3", {**PARTS, 2: "/dev/loop4p2"})],
+)
+def test_links_are_right_only_if_all_are(place: Path, device: str, partitions: dict[int, str]) -> None:
+    publish(str(place), "web1", "/dev/loop3", PARTS)
+    assert not links_are_right(str(place), "web1", device, partitions)
+
+
+@pytest.mark.parametrize("other", ["web", "web10", "web1-part", "web1-partx", "web1-part1x", "web1.bak", "xweb1", "webx1"])
+def test_names_that_only_look_alike_are_left_alone(place: Path, other: str) -> None:
+    place.mkdir(parents=True)
+    (place / other).symlink_to("/dev/other")
+    assert not any_link(str(place), "web1")
+    publish(str(place), "web1", "/dev/loop3", PARTS)
+    unpublish(str(place), "web1")
+    assert links(place) == {other: "/dev/other"}
+
+
+def test_a_dot_in_a_name_is_a_dot(place: Path) -> None:
+    publish(str(place), "webx1", "/dev/loop3", {})
+    unpublish(str(place), "web.1")
+    assert any_link(str(place), "webx1")
+    assert not any_link(str(place), "web.1")
+
+
+def test_unpublishing_removes_all_links_of_a_volume_whatever_they_point_to(place: Path) -> None:
+    publish(str(place), "web1", "/dev/gone", PARTS)
+    unpublish(str(place), "web1")
+    assert links(place) == {}
+    assert not any_link(str(place), "web1")
+
+
+def test_where_nothing_is_there_is_nothing_to_do(place: Path) -> None:
+    unpublish(str(place), "web1")
+    assert not any_link(str(place), "web1")
+    assert not links_are_right(str(place), "web1", "/dev/loop3", {})
+
+
+@pytest.mark.parametrize("name", ["web1", "web1-part1"])
+def test_what_is_no_link_is_never_replaced_or_removed(place: Path, name: str) -> None:
+    place.mkdir(parents=True)
+    (place / name).write_text("precious")
+    with pytest.raises(StoragedError) as caught:
+        publish(str(place), "web1", "/dev/loop3", PARTS)
+    assert caught.value.code is ErrorCode.DEVICE_FAILED
+    assert str(place / name) in str(caught.value)
+    unpublish(str(place), "web1")
+    assert (place / name).read_text() == "precious"
+
+
+def test_what_a_crash_left_half_made_is_no_hindrance(place: Path) -> None:
+    place.mkdir(parents=True)
+    (place / ".web1.tmp").symlink_to("/dev/old")
+    assert not any_link(str(place), "web1")
+    publish(str(place), "web1", "/dev/loop3", {})
+    assert links(place) == {"web1": "/dev/loop3"}

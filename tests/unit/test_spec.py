@@ -1,0 +1,121 @@
+"""Wishes that make no sense together are refused before anything is touched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from storaged.errors import ErrorCode, StoragedError
+from storaged.model.formats import Format
+from storaged.model.spec import COMMON_OPTIONS, VolumeSpec, check_spec
+
+KNOWN = frozenset({"aio"})
+
+
+def spec(**wishes: Any) -> VolumeSpec:
+    options = wishes.pop("options", {})
+    return VolumeSpec(**{"name": "web1", "source": "/images/web1", "options": options, **wishes})
+
+
+@pytest.mark.parametrize(
+    "wishes",
+    [
+        {},
+        {"format": Format.QCOW2, "options": {"backing": "allow:/images:/base.img"}},
+        {"format": Format.LUKS, "options": {"key-file": "/etc/key"}},
+        {"read_only": True, "options": {"cache": "none", "aio": "native"}},
+        {"snapshot": True, "snapshot_dir": "/fast", "options": {"snapshot-size": "4G"}},
+        {"options": {"logical-block-size": "4096"}},
+        *({"options": {"cache": mode}} for mode in ("none", "writeback", "writethrough", "directsync", "unsafe")),
+    ],
+    ids=str,
+)
+def test_what_makes_sense_is_accepted(wishes: dict[str, Any]) -> None:
+    check_spec(spec(**wishes), KNOWN)
+
+
+@pytest.mark.parametrize(
+    "wishes",
+    [
+        {"options": {"no-such": "1"}},
+        {"options": {"Cache": "none"}},
+        {"options": {"backing": "/images"}},
+        {"options": {"backing": "allow:"}},
+        {"options": {"backing": "allow:::"}},
+        {"options": {"backing": ""}},
+        {"options": {"backing": "allow:images"}},
+        {"options": {"backing": "allow:/images:other"}},
+        {"options": {"cache": "fast"}},
+        {"options": {"cache": ""}},
+        {"options": {"logical-block-size": "1024"}},
+        {"options": {"logical-block-size": "512 "}},
+        {"format": Format.LUKS},
+        {"format": Format.LUKS, "options": {"key-file": "key"}},
+        {"format": Format.LUKS, "options": {"key-file": ""}},
+        {"options": {"key-file": "/etc/key"}},
+        {"snapshot": True, "read_only": True},
+        {"snapshot_dir": "/fast"},
+        {"options": {"snapshot-size": "4G"}},
+        {"snapshot": True, "snapshot_dir": "fast"},
+        {"source": "/images/a\0b"},
+        {"options": {"aio": "thr\0eads"}},
+        pytest.param({"snapshot": True, "snapshot_dir": "/fast\0"}, marks=pytest.mark.xfail(
+            reason="BUG: a NUL in snapshot_dir is not refused")),
+        {"format": Format.LUKS, "options": {"key-file": "/etc/key\0"}},
+    ],
+    ids=str,
+)
+def test_what_makes_none_is_refused_with_the_volume_and_a_hint(wishes: dict[str, Any]) -> None:
+    with pytest.raises(StoragedError) as caught:
+        check_spec(spec(**wishes), KNOWN)
+    assert caught.value.code is ErrorCode.INVALID_ARGUMENT
+    assert caught.value.volume == "web1"
+    assert caught.value.hint
+
+
+def test_the_name_is_checked_too() -> None:
+    with pytest.raises(StoragedError) as caught:
+        check_spec(spec(name="../web1"), KNOWN)
+    assert caught.value.code is ErrorCode.INVALID_NAME
+
+
+@pytest.mark.parametrize("option", sorted({*COMMON_OPTIONS, "aio"}))
+def test_a_refusal_of_an_option_names_those_there_are(option: str) -> None:
+    with pytest.raises(StoragedError) as caught:
+        check_spec(spec(options={"no-such": "1"}), KNOWN)
+    assert option in caught.value.hint
+
+
+def test_an_option_of_another_backend_is_unknown() -> None:
+    with pytest.raises(StoragedError):
+        check_spec(spec(options={"aio": "threads"}), frozenset())
+
+
+def test_backing_is_a_list_of_places() -> None:
+    assert spec().allowed_backing == []
+    assert spec(options={"backing": "allow:/a:/b c:"}).allowed_backing == ["/a", "/b c"]
+
+
+def test_the_logical_block_size_is_512_unless_said() -> None:
+    assert spec().logical_block_size == 512
+    assert spec(options={"logical-block-size": "4096"}).logical_block_size == 4096
+
+
+@pytest.mark.parametrize(
+    ("wishes", "writes"),
+    [({}, True), ({"read_only": True}, False), ({"snapshot": True}, False)],
+)
+def test_a_snapshot_or_read_only_volume_does_not_write_to_its_source(wishes: dict[str, Any], writes: bool) -> None:
+    assert spec(**wishes).writes_source is writes
+
+
+def test_the_format_is_raw_when_nothing_was_said() -> None:
+    assert spec().format is Format.RAW
+
+
+def test_two_requests_mean_the_same_when_nothing_differs() -> None:
+    assert spec(options={"cache": "none", "aio": "threads"}) == spec(options={"aio": "threads", "cache": "none"})
+    for change in ({"source": "/b"}, {"read_only": True}, {"persist": True}, {"options": {"cache": "none"}}):
+        assert msgspec.structs.replace(spec(), **change) != spec()
