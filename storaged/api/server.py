@@ -35,6 +35,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _SO_PEERGROUPS = 59
+#: Bytes: what Python can ask for at most, 256 groups. A peer with more of them is not found in any.
+_GROUPS_SIZE = 1024
 _ERRORS: dict[ErrorCode, type[TypedVarlinkErrorReply]] = {
     ErrorCode.NO_SUCH_VOLUME: interface.NoSuchVolume,
     ErrorCode.VOLUME_EXISTS: interface.VolumeExists,
@@ -265,5 +267,5 @@ class Server:
         _pid, uid, gid = struct.unpack("3i", credentials)
         if uid in (0, os.geteuid()) or gid == self._group:
             return True
-        groups = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * 65536)
+        groups = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_SIZE)
         return self._group in struct.unpack(f"{len(groups) // 4}I", groups)

@@ -9,8 +9,6 @@ import subprocess
 from collections.abc import Sequence
 
 from storaged.errors import ErrorCode, StoragedError
-from storaged.host.process import identify
-from storaged.model.record import ProcessIdentity
 
 #: What of its own environment the daemon hands on; TMPDIR is the volume's own.
 _ENVIRONMENT = ("PATH", "LANG", "LC_ALL")
@@ -39,13 +37,13 @@ def find_binary(binary: str) -> str:
     return path
 
 
-def spawn(binary: str, directory: str, listener: socket.socket, keep: Sequence[int]) -> ProcessIdentity:
-    """Start QSD with nothing but its QMP monitor on ``listener`` and return who it is.
+def spawn(binary: str, directory: str, listener: socket.socket, keep: Sequence[int]) -> tuple[int, int]:
+    """Start QSD with nothing but its QMP monitor on ``listener`` and return its pid and a pidfd.
 
     The monitor's socket is listening already, so a client can connect at once and waits for the greeting, not
     for a file to appear. The descriptors ``keep`` (source locks, claims) are inherited and live as long as the
     process. It gets a session of its own, so that no signal to the daemon's terminal or group reaches it.
-    Blocks for an exec. Raises QSD_MISSING, QSD_DIED.
+    Blocks for an exec. Raises QSD_MISSING.
     """
     environment = {key: os.environ[key] for key in _ENVIRONMENT if key in os.environ}
     environment["TMPDIR"] = os.path.join(directory, "tmp")
@@ -66,13 +64,10 @@ def spawn(binary: str, directory: str, listener: socket.socket, keep: Sequence[i
                 ErrorCode.QSD_MISSING, f"cannot execute {binary}", cause=error.strerror or str(error),
                 hint="install qemu-storage-daemon again, or set qsd.binary in storaged.toml",
             ) from error
-    process = identify(child.pid)
     # It is watched and collected through its pidfd; Popen must neither wait for it nor warn about it.
     child.returncode = 0
-    if process is None:
-        os.waitpid(child.pid, 0)
-        raise died(directory, "it ended at once")
-    return process
+    # A child that was not collected keeps its number, even when it is dead already.
+    return child.pid, os.pidfd_open(child.pid)
 
 
 def died(directory: str, how: str) -> StoragedError:

@@ -9,6 +9,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import msgspec
 
@@ -32,6 +33,19 @@ from storaged.transports.base import Site, Transport
 #: Seconds that QSD may take to end by itself, flushing, before it is killed; and to die of SIGKILL.
 _QUIT_PATIENCE = 10.0
 _KILL_PATIENCE = 10.0
+#: Seconds for which a QSD that gave no answer is not asked again.
+_SILENCE = 10.0
+
+
+@dataclass(frozen=True)
+class _Started:
+    """A QSD that was just started."""
+
+    opening: opening.Opening
+    record: Record
+    monitor: socket.socket
+    pid: int
+    pidfd: int
 
 
 class Attachment:
@@ -50,6 +64,7 @@ class Attachment:
         self._site = Site(spec.name, self._directory, BlockingCalls(spec.name))
         self._session: Session | None = None
         self._pidfd: int | None = None
+        self._silent_since: float | None = None
         self._gone = asyncio.Event()
         self._gone.set()
         self._opening: opening.Opening | None = None
@@ -84,12 +99,16 @@ class Attachment:
             await self._hang_up()
         else:
             try:
+                self._refuse_silent()
                 session = await self._connected()
                 needed = blockdev.node_names_needed(self.spec.snapshot)
                 opened = needed <= (await session.node_names()).keys()
                 export = opened and await session.has_export(blockdev.EXPORT)
                 qsd = Qsd.RUNNING
+                self._silent_since = None
             except StoragedError as error:
+                if error.code is ErrorCode.QSD_SILENT and self._silent_since is None:
+                    self._silent_since = time.monotonic()
                 if error.code is ErrorCode.QSD_DIED:
                     # The connection ended; the process is about to, or it hangs on its way out.
                     await self._wait_gone(1.0)
@@ -133,7 +152,7 @@ class Attachment:
         if record is not None:
             self.spec = record.spec
             self._environment.claims.hold(self.spec.name, record.sources)
-            if record.process is not None and self._watch(record.process):
+            if record.process is not None and self._find(record.process):
                 found = self.transport.find_device(self._site)
                 if record.device is None and found is not None:
                     # The daemon died between the set-up and the record.
@@ -156,7 +175,7 @@ class Attachment:
             binary="", process=strays[0] if strays else None, device=device, diskseq=diskseq,
         )
         if strays:
-            self._watch(strays[0])
+            self._find(strays[0])
 
     def _strays(self) -> list[ProcessIdentity]:
         return process.find_by_argument(pidfile(self._directory))
@@ -164,7 +183,7 @@ class Attachment:
     async def _end_strays(self) -> None:
         """End a QSD of this volume that was started but never recorded: it serves nothing yet."""
         for stray in await self._site.blocking("look for processes", 10, self._strays):
-            if self._watch(stray):
+            if self._find(stray):
                 await self._kill()
 
     def _read_record(self) -> tuple[Record | None, str]:
@@ -258,7 +277,7 @@ class Attachment:
             else choose_transport(spec.transport, None)
         )
 
-        def work() -> tuple[opening.Opening, Record, socket.socket]:
+        def work() -> _Started:
             known = former.binary if former is not None else ""
             binary = find_binary(known or environment.config.qsd.binary)
             wanted = opening.inspect(spec)
@@ -273,34 +292,29 @@ class Attachment:
                 )
                 self._write_record(record)
                 environment.fault("start: recorded")
-                listener = bind_unix(qmp_socket(self._directory), mode=0o600)
-                try:
-                    child = spawn(binary, self._directory, listener, held)
-                finally:
-                    listener.close()
+                with bind_unix(qmp_socket(self._directory), mode=0o600) as listener:
+                    # In the backlog before QSD is there: it is served as soon as its main loop runs.
+                    monitor = connect_unix(qmp_socket(self._directory))
+                    pid, pidfd = spawn(binary, self._directory, listener, held)
                 environment.fault("start: spawned")
-                record = msgspec.structs.replace(record, process=child)
-                self._write_record(record)
-                return wanted, record, connect_unix(qmp_socket(self._directory))
+                return _Started(wanted, record, monitor, pid, pidfd)
             finally:
                 for fd in held:
                     os.close(fd)
 
-        def too_late(result: tuple[opening.Opening, Record, socket.socket]) -> None:
+        def too_late(started: _Started) -> None:
             # Nobody waits for this QSD any more, and it has opened nothing yet.
-            result[2].close()
-            if result[1].process is not None and (pidfd := process.open_pidfd(result[1].process)) is not None:
-                process.kill(pidfd)
-                os.close(pidfd)
+            started.monitor.close()
+            process.kill(started.pidfd)
+            os.close(started.pidfd)
 
         started = await self._site.blocking.with_late_result("start QSD", timeout, work, too_late)
-        self._opening, self.record, sock = started
-        if started[1].process is None or not self._watch(started[1].process):
-            sock.close()
-            raise died(self._directory, "it ended at once")
+        self._opening, self.record = started.opening, started.record
+        self._watch(started.pidfd)
         self.started_at = time.monotonic()
-        self._session = await Session.over(sock, timeout=timeout)
-        self._note(qsd_version=self._session.version)
+        self._session = await Session.over(started.monitor, timeout=timeout)
+        # Only now it is surely itself: qsd.binary may be a script that executes the real one.
+        self._note(process=process.identify(started.pid), qsd_version=self._session.version)
 
     async def _open(self, timeout: float) -> None:
         spec, wanted = self.spec, self._opening
@@ -375,7 +389,9 @@ class Attachment:
     async def _disconnect(self, timeout: float, *, force: bool) -> None:
         record = self._known()
         if force:
-            self.notes += await self.transport.disconnect_by_force(self._site, record, timeout)
+            self.notes += await self.transport.disconnect_by_force(
+                self._site, record, timeout, flush=self._silent_since is None
+            )
         else:
             await self.transport.disconnect(self._site, record, timeout)
         self._forget_device()
@@ -384,6 +400,7 @@ class Attachment:
         """Let QSD end by itself, which flushes everything; kill it when it does not."""
         patience = min(timeout, _QUIT_PATIENCE)
         try:
+            self._refuse_silent()
             session = await self._connected()
             await session.execute("quit", timeout=min(patience, ANSWER_TIMEOUT))
         except StoragedError as error:
@@ -392,6 +409,11 @@ class Attachment:
                 patience = 0
         await self._wait_gone(patience)
         await self._kill()
+
+    def _refuse_silent(self) -> None:
+        """Do not wait again and again for a QSD that gave no answer a moment ago."""
+        if self._silent_since is not None and time.monotonic() - self._silent_since < _SILENCE:
+            raise StoragedError(ErrorCode.QSD_SILENT, "qemu-storage-daemon does not answer")
 
     async def _kill(self) -> None:
         if self._pidfd is None:
@@ -413,15 +435,19 @@ class Attachment:
 
     # The process and the record --------------------------------------------------------------------------------
 
-    def _watch(self, who: ProcessIdentity) -> bool:
-        """Be told of this process's death; False if it is dead already."""
+    def _find(self, who: ProcessIdentity) -> bool:
+        """Watch this process from now on; False if it is dead already."""
         pidfd = process.open_pidfd(who)
-        if pidfd is None:
-            return False
+        if pidfd is not None:
+            self._watch(pidfd)
+        return pidfd is not None
+
+    def _watch(self, pidfd: int) -> None:
+        """Be told of the death of the process behind a pidfd, which belongs to us from now on."""
         self._pidfd = pidfd
+        self._silent_since = None
         self._gone.clear()
         asyncio.get_running_loop().add_reader(pidfd, self._on_death)
-        return True
 
     def _on_death(self) -> None:
         assert self._pidfd is not None

@@ -31,6 +31,7 @@ log = logging.getLogger("storaged")
 def run(layout: Layout, config_file: str | None) -> int:
     """Run the daemon until SIGTERM or SIGINT and return its exit status. Volumes stay attached."""
     config = load_config(layout, config_file)
+    group = _group(config)
     logging.basicConfig(
         stream=sys.stderr, level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s"
     )
@@ -42,7 +43,7 @@ def run(layout: Layout, config_file: str | None) -> int:
     )
     lock = _lock_out_others(layout)
     try:
-        uvloop.run(_serve(layout, config))
+        uvloop.run(_serve(layout, config, group))
     finally:
         os.close(lock)
     return 0
@@ -66,7 +67,7 @@ def load_config(layout: Layout, config_file: str | None) -> Config:
         ) from error
 
 
-async def _serve(layout: Layout, config: Config) -> None:
+async def _serve(layout: Layout, config: Config, group: int) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -77,7 +78,6 @@ async def _serve(layout: Layout, config: Config) -> None:
     )
     async with asyncio.TaskGroup() as tasks:
         manager = Manager(environment, tasks)
-        group = _group(config)
         listener = bind_unix(layout.socket, mode=0o660)
         os.chown(layout.socket, -1, group)
         server = Server(manager, listener, group)

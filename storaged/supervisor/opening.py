@@ -124,6 +124,7 @@ def read_passphrase(path: str) -> dict[str, str]:
         raise StoragedError(
             ErrorCode.OPEN_FAILED, f"the key file {path} holds no usable passphrase",
             cause="it is empty" if not data else f"it is larger than {_MAX_KEY} bytes",
+            hint="check the path given with -o key-file",
         )
     return {
         "qom-type": "secret", "id": PASSPHRASE, "format": "base64", "data": base64.b64encode(data).decode(),

@@ -60,6 +60,7 @@ class Volume:
         self._fresh = fresh
         self._was_online = False
         self._step: Step | None = None
+        self._blamed: Step | None = None
         self._setbacks = 0
         self._not_before = 0.0
         self._next_look = 0.0
@@ -155,12 +156,13 @@ class Volume:
             request.done.set_exception(error)
 
     async def _bounded(self, request: _Request) -> None:
+        self._blamed = None
         try:
             async with asyncio.timeout(request.timeout):
                 await request.run()
         except TimeoutError as error:
             raise StoragedError(
-                ErrorCode.TIMEOUT, f"not done within {request.timeout:g} s", step=self._step or "",
+                ErrorCode.TIMEOUT, f"not done within {request.timeout:g} s", step=self._blamed or self._step or "",
                 hint=f"storaged show {self.spec.name} tells what it waits for; try again with a longer --timeout",
             ) from error
 
@@ -229,6 +231,7 @@ class Volume:
         try:
             await self._converge()
         except BaseException as error:
+            self._blamed = self._step
             if self._fresh and not self._leaving:
                 if isinstance(error, StoragedError):
                     self._fail(error)

@@ -76,8 +76,13 @@ class Transport(Protocol):
     async def disconnect(self, site: Site, record: Record, timeout: float) -> None:
         """Take the device away after a flush. Raises DEVICE_IN_USE, with nothing changed, if it is used."""
 
-    async def disconnect_by_force(self, site: Site, record: Record, timeout: float) -> list[str]:
-        """Take the device away whoever uses it; return what stays until its last user is gone."""
+    async def disconnect_by_force(
+        self, site: Site, record: Record, timeout: float, *, flush: bool
+    ) -> list[str]:
+        """Take the device away whoever uses it; return what stays until its last user is gone.
+
+        ``flush``: QSD answers, so that it makes sense to flush what was written first.
+        """
 
     async def clear(self, site: Site, record: Record | None, timeout: float) -> list[str]:
         """After QSD's death: take away the stale device and what is left of the export; return what stays."""

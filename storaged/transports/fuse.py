@@ -8,6 +8,7 @@ a new loop device are set up, users of the old one have to open the new one.
 from __future__ import annotations
 
 import os
+import stat
 from typing import Any
 
 from storaged.host import loop, mounts
@@ -32,6 +33,8 @@ class FuseTransport:
             return Availability(False, f"qemu-storage-daemon {version} has no FUSE export, 6.0 is needed")
         for path, module in (("/dev/fuse", "fuse"), ("/dev/loop-control", "loop")):
             try:
+                if not stat.S_ISCHR(os.stat(path).st_mode):
+                    return Availability(False, f"{path} is no device")
                 os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
             except OSError as error:
                 return Availability(False, f"{path}: {error.strerror} (modprobe {module})")
@@ -100,13 +103,15 @@ class FuseTransport:
                 "take the loop device away", timeout, loop.release, device, read_only=record.spec.read_only
             )
 
-    async def disconnect_by_force(self, site: Site, record: Record, timeout: float) -> list[str]:
+    async def disconnect_by_force(
+        self, site: Site, record: Record, timeout: float, *, flush: bool
+    ) -> list[str]:
         """Flush what can be flushed in a few seconds, then let go of the device at its last close."""
         device = self._loop(record)
         if device is None:
             return []
         notes = []
-        if not record.spec.read_only:
+        if flush and not record.spec.read_only:
             try:
                 await site.blocking("flush the device", min(timeout, _FORCED_FLUSH), loop.flush, device)
             except Exception as error:  # whatever it is, the device goes away; the user is told

@@ -31,7 +31,7 @@ needs_qsd = pytest.mark.skipif(
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="losetup needs root")
 
 
-@pytest.fixture(params=BACKENDS.values(), ids=BACKENDS.keys())
+@pytest.fixture(params=list(BACKENDS.values()), ids=list(BACKENDS))
 def backend(request: pytest.FixtureRequest) -> Backend:
     found: Backend = request.param
     return found
@@ -146,7 +146,9 @@ def test_qsd_opens_a_block_device(tmp_path: Path, loop: str, read_only: bool) ->
 
 @needs_qsd
 @pytest.mark.parametrize(
-    "options", [{"aio": "threads"}, {"aio": "native", "cache": "none"}, {"aio": "native", "cache": "directsync"}], ids=str
+    "options",
+    [{"aio": "threads"}, {"aio": "native", "cache": "none"}, {"aio": "native", "cache": "directsync"}],
+    ids=str,
 )
 def test_qsd_takes_every_aio_mode_that_is_not_refused(tmp_path: Path, image: Path, options: dict[str, str]) -> None:
     BACKENDS["file"].check_options(options)
@@ -175,7 +177,10 @@ def test_what_qsd_refuses_is_explained(tmp_path: Path, image: Path) -> None:
 
 @needs_qsd
 def test_a_second_qsd_is_told_that_the_image_is_in_use(tmp_path: Path, image: Path) -> None:
-    node = {"driver": "raw", "node-name": "x", "file": BACKENDS["file"].node(str(image), read_only=False, options={})}
+    # A raw node is locked once it is exported, a qcow2 image as soon as it is opened for writing.
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(image), "1M"], check=True, timeout=30)
+    file = BACKENDS["file"].node(str(image), read_only=False, options={})
+    node = {"driver": "qcow2", "node-name": "x", "file": file}
     (tmp_path / "other").mkdir()
 
     async def second(session: Session) -> None:

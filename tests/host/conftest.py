@@ -16,6 +16,7 @@ from .harness import Daemon, leftovers
 def place() -> Iterator[Path]:
     """A short directory on a filesystem of the disk."""
     with tempfile.TemporaryDirectory(prefix="sd-", dir="/var/tmp") as name:
+        os.chmod(name, 0o755)  # so that what keeps others out is the daemon, not the directory
         yield Path(os.path.realpath(name))
 
 

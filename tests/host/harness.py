@@ -152,6 +152,20 @@ def image(path: Path, format: str = "qcow2", size: str = "64M", *options: str) -
     return path
 
 
+def luks_image(path: Path, key: Path) -> Path:
+    """Create an encrypted image of 64 MiB."""
+    command = (
+        "qemu-img", "create", "-q", "-f", "luks", "--object", f"secret,id=k,file={key}",
+        "-o", "key-secret=k,iter-time=50", path, "64M",
+    )
+    # Its benchmark of the key derivation fails now and then on a busy machine.
+    for _ in range(10):
+        if run(*command, check=False).returncode == 0:
+            return path
+    run(*command)
+    return path
+
+
 @contextmanager
 def mounted(device: str, directory: Path, *options: str) -> Iterator[Path]:
     """Mount a device for a while."""

@@ -26,7 +26,7 @@ def verify_writes(device: str) -> subprocess.Popen[str]:
         [
             "fio", "--name=verify", f"--filename={device}", "--rw=randwrite", "--bs=4k-64k", "--size=48M",
             "--direct=1", "--ioengine=libaio", "--iodepth=8", "--verify=crc32c", "--verify_backlog=64",
-            "--verify_fatal=1", "--time_based", "--runtime=4", "--output-format=terse",
+            "--verify_fatal=1", "--verify_state_save=0", "--time_based", "--runtime=4", "--output-format=terse",
         ],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )

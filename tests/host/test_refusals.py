@@ -12,7 +12,7 @@ import pytest
 
 from storaged.errors import ErrorCode, StoragedError
 
-from .harness import Daemon, error_of, eventually, image, leftovers, mounted, run
+from .harness import Daemon, error_of, eventually, image, leftovers, luks_image, mounted, run
 
 
 def refuses(daemon: Daemon, code: ErrorCode, source: object, name: str = "a", **wishes: object) -> StoragedError:
@@ -257,15 +257,19 @@ def test_a_foreign_writer_of_the_file_is_found(daemon: Daemon, place: Path) -> N
         daemon.detach("dev")
     finally:
         run("losetup", "-d", loop)
+
+
+def test_an_image_that_a_qemu_has_open_is_refused(daemon: Daemon, place: Path) -> None:
+    source = image(place / "a.qcow2")
     held = subprocess.Popen(
-        ["qemu-io", "-f", "raw", str(source)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ["qemu-io", "-f", "qcow2", str(source)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert held.stdin is not None
     held.stdin.write("read 0 512\n")
     held.stdin.flush()
     assert held.stdout is not None
     held.stdout.readline()
-    error = refuses(daemon, ErrorCode.SOURCE_IN_USE, source)
+    error = refuses(daemon, ErrorCode.SOURCE_IN_USE, source, format="qcow2")
     assert "lock" in error.cause
     held.communicate("quit\n", timeout=10)
 
@@ -314,10 +318,7 @@ def test_a_disk_that_is_no_multiple_of_its_logical_blocks_is_refused(daemon: Dae
 def test_a_wrong_passphrase_is_said(daemon: Daemon, place: Path) -> None:
     for name, text in (("key", "right"), ("wrong", "wrong"), ("empty", "")):
         (place / name).write_text(text)
-    run(
-        "qemu-img", "create", "-q", "-f", "luks", "--object", f"secret,id=k,file={place}/key",
-        "-o", "key-secret=k,iter-time=10", place / "a", "8M",
-    )
+    luks_image(place / "a", place / "key")
     for name in ("wrong", "empty", "missing"):
         refuses(
             daemon, ErrorCode.OPEN_FAILED, place / "a", format="luks", options={"key-file": f"{place}/{name}"}

@@ -27,7 +27,7 @@ def test_a_code_is_short_lower_case_text_that_follows_its_name(code: ErrorCode) 
 )
 def test_it_reads_as_one_line(details: dict[str, str], text: str) -> None:
     code = ErrorCode.INTERNAL
-    assert str(StoragedError(code, "no", **details)) == text  # type: ignore[arg-type]
+    assert str(StoragedError(code, "no", **details)) == text
 
 
 def test_what_is_not_known_where_it_happened_is_filled_in_later_and_never_overwritten() -> None:

@@ -110,7 +110,9 @@ def test_a_watcher_that_is_too_slow_loses_the_oldest_and_is_told_even_if_it_watc
     asyncio.run(run())
 
 
-@pytest.mark.xfail(reason="BUG: each event too many drops two and adds a \"lost\" before the newest: half of the backlog is noise")
+@pytest.mark.xfail(
+    reason="BUG: each event too many drops two and adds a 'lost' before the newest: half of the backlog is noise"
+)
 def test_a_slow_watcher_is_told_of_the_loss_where_it_was_and_once() -> None:
     async def run() -> None:
         hub = EventHub()

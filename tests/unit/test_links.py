@@ -52,7 +52,9 @@ def test_links_are_right_only_if_all_are(place: Path, device: str, partitions: d
     assert not links_are_right(str(place), "web1", device, partitions)
 
 
-@pytest.mark.parametrize("other", ["web", "web10", "web1-part", "web1-partx", "web1-part1x", "web1.bak", "xweb1", "webx1"])
+@pytest.mark.parametrize(
+    "other", ["web", "web10", "web1-part", "web1-partx", "web1-part1x", "web1.bak", "xweb1", "webx1"]
+)
 def test_names_that_only_look_alike_are_left_alone(place: Path, other: str) -> None:
     place.mkdir(parents=True)
     (place / other).symlink_to("/dev/other")

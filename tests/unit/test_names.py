@@ -16,7 +16,8 @@ def accepted(name: str) -> bool:
     try:
         return check_name(name) == name
     except StoragedError as error:
-        assert error.code is ErrorCode.INVALID_NAME
+        if error.code is not ErrorCode.INVALID_NAME:
+            raise
         return False
 
 
