@@ -161,7 +161,7 @@ def event_line(event: dict[str, Any]) -> str:
     if state and event.get("kind") != "step":
         words.append(state)
     line = _GAP.join(clean(word or "-") for word in words)
-    return f"{line}{_GAP}{clean(message)}" if message else line
+    return f"{line}{_GAP}{clean(message)}" if message and message != state else line
 
 
 def timestamp(seconds: object) -> str:

@@ -5,31 +5,42 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import tempfile
+from collections.abc import Callable
 
 from storaged.errors import ErrorCode, StoragedError
 
 
-def write_atomic(path: str, data: bytes, *, mode: int = 0o600) -> None:
+def write_atomic(
+    path: str, data: bytes, *, mode: int = 0o600, still_wanted: Callable[[], bool] = lambda: True
+) -> None:
     """Replace ``path`` by ``data``; after a crash it holds the old content or the new, never a part.
 
-    Raises NO_SPACE on a full disk or quota, INTERNAL on any other I/O error; nothing is left behind.
+    ``still_wanted`` is asked right before the rename: False drops the new content. Raises NO_SPACE on a full
+    disk or quota, INTERNAL on any other I/O error; nothing is left behind but, after a crash, a file .NAME.*.tmp.
     """
     directory, base = os.path.split(path)
-    temporary = os.path.join(directory, f".{base}.tmp")
+    temporary = None
     try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+        # A name of its own: a call that hangs must not write into what a later one has renamed into place.
+        fd, temporary = tempfile.mkstemp(prefix=f".{base[:100]}.", suffix=".tmp", dir=directory)
         try:
+            os.fchmod(fd, mode)
             view = memoryview(data)
             while view:
                 view = view[os.write(fd, view):]
             os.fsync(fd)
         finally:
             os.close(fd)
-        os.rename(temporary, path)
+        if still_wanted():
+            os.rename(temporary, path)
+        else:
+            os.unlink(temporary)
         sync_directory(directory)
     except OSError as error:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
         raise state_error(path, error) from error
 
 

@@ -27,7 +27,7 @@ class BlockingCalls:
 
     def __init__(self, owner: str) -> None:
         self._owner = owner
-        self._running = 0
+        self._abandoned = 0
 
     async def __call__(
         self, what: str, timeout: float, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
@@ -43,17 +43,17 @@ class BlockingCalls:
         self, what: str, timeout: float, function: Callable[[], R], late: Callable[[R], None]
     ) -> R:
         """As above; ``late`` is given a result that comes after everybody stopped waiting for it."""
-        if self._running >= MAX_STUCK:
+        if self._abandoned >= MAX_STUCK:
             raise StoragedError(
-                ErrorCode.HOST_STUCK, f"cannot {what}", cause=f"{self._running} earlier calls still hang",
+                ErrorCode.HOST_STUCK, f"cannot {what}", cause=f"{self._abandoned} earlier calls still hang",
                 hint="the kernel or the storage below does not answer; look for D-state processes in ps",
             )
         loop = asyncio.get_running_loop()
         done: asyncio.Future[R] = loop.create_future()
 
         def finish(result: Any, error: BaseException | None) -> None:
-            self._running -= 1
             if done.done():
+                self._abandoned -= 1
                 if error is None:
                     late(result)
             elif error is None:
@@ -72,12 +72,20 @@ class BlockingCalls:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(finish, result, failure)
 
-        self._running += 1
         threading.Thread(target=work, name=f"{self._owner}: {what}", daemon=True).start()
         try:
-            async with asyncio.timeout(timeout):
-                return await done
+            async with asyncio.timeout(timeout) as deadline:
+                try:
+                    return await done
+                except asyncio.CancelledError:
+                    if done.cancelled():
+                        self._abandoned += 1
+                    elif done.exception() is None:
+                        late(done.result())  # it came in the same moment, and would be lost
+                    raise
         except TimeoutError as error:
+            if not deadline.expired():
+                raise  # ETIMEDOUT from the storage below, not our own deadline
             raise StoragedError(
                 ErrorCode.HOST_STUCK, f"cannot {what}", cause=f"no end of the call within {timeout:g} s",
                 hint="the kernel or the storage below does not answer; look for D-state processes in ps",

@@ -31,24 +31,45 @@ def take_lock(directory: str, identity: str, *, exclusive: bool, owner: str) -> 
         lock_path(directory, identity), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
     )
     try:
-        fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-        if exclusive or os.fstat(fd).st_size == 0:
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, owner.encode(), 0)
-    except OSError as error:
-        if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
-            os.close(fd)
-            raise
-        holder = os.pread(fd, 4096, 0).decode(errors="replace")
+        if not (_lock(fd, fcntl.LOCK_EX) if exclusive else _lock_shared(fd, owner)):
+            holder = os.pread(fd, 4096, 0).decode(errors="replace").strip().replace("\n", ", ")
+            raise StoragedError(
+                ErrorCode.SOURCE_IN_USE,
+                "the source is in use" + (" for writing" if not exclusive else ""),
+                cause=f"held by {holder}" if holder else "its lock is held",
+                hint="detach the other volume first, or attach both with --read-only or --snapshot",
+                users=[holder] if holder else [],
+            )
+        if exclusive:
+            _sign(fd, owner)
+    except BaseException:
         os.close(fd)
-        raise StoragedError(
-            ErrorCode.SOURCE_IN_USE,
-            "the source is in use" + (" for writing" if not exclusive else ""),
-            cause=f"held by {holder}" if holder else "its lock is held",
-            hint="detach the other volume first, or attach both with --read-only or --snapshot",
-            users=[holder] if holder else [],
-        ) from error
+        raise
     return fd
+
+
+def _lock(fd: int, kind: int) -> bool:
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _lock_shared(fd: int, owner: str) -> bool:
+    """Share the lock, and keep the names of those who share it."""
+    if _lock(fd, fcntl.LOCK_EX):
+        _sign(fd, owner)  # alone: whatever stood there is of the past
+        return _lock(fd, fcntl.LOCK_SH)
+    if not _lock(fd, fcntl.LOCK_SH):
+        return False
+    os.pwrite(fd, f"{owner}\n".encode(), os.fstat(fd).st_size)
+    return True
+
+
+def _sign(fd: int, owner: str) -> None:
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"{owner}\n".encode(), 0)
 
 
 def claim_block_device(path: str) -> int:

@@ -64,19 +64,19 @@ def reap(pidfd: int) -> str:
     return f"it was ended by {name}"
 
 
-def find_by_argument(argument: str) -> list[ProcessIdentity]:
-    """Return the processes that have exactly this argument on their command line."""
+def find_by_arguments(*wanted: str) -> list[ProcessIdentity]:
+    """Return the processes that have exactly these arguments, one after another, on their command line."""
     found = []
-    wanted = os.fsencode(argument)
+    needle = b"".join(b"\0" + os.fsencode(word) for word in wanted) + b"\0"
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
             continue
         try:
             with open(f"/proc/{entry}/cmdline", "rb") as file:
-                arguments = file.read().split(b"\0")
+                command_line = file.read()
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if wanted in arguments:
+        if needle in command_line:
             process = identify(int(entry))
             if process is not None:
                 found.append(process)

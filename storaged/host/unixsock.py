@@ -31,12 +31,17 @@ def bind_unix(path: str, *, mode: int) -> socket.socket:
 
 
 def connect_unix(path: str) -> socket.socket:
-    """Return a connected, blocking stream socket. Raises OSError."""
+    """Return a connected, blocking stream socket. Never waits.
+
+    Raises OSError; BlockingIOError where the server's backlog is full, because it accepts nobody any more.
+    """
     directory, base = os.path.split(path)
     fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
+        sock.setblocking(False)
         sock.connect(f"/proc/self/fd/{fd}/{base}")
+        sock.setblocking(True)
     except BaseException:
         sock.close()
         raise

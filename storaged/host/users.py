@@ -6,19 +6,28 @@ an O_EXCL descriptor and the loop driver's own count of openers (storaged/host/l
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import stat
+
+log = logging.getLogger("storaged.users")
 
 
 def device_users(device: str) -> list[str]:
-    """Return a line for each user of a block device or one of its partitions, most telling first."""
+    """Return a line for each user of a block device or one of its partitions, most telling first.
+
+    Never raises: what cannot be looked at is left out, because the names are help and not the guard.
+    """
     name = os.path.basename(device)
     numbers = _device_numbers(name)
     names = {f"/dev/{number_name}" for number_name in numbers.values()}
     users = [f"held by {holder}" for holder in _holders(name)]
-    users += _swaps(numbers)
-    users += _mounts(numbers, names)
-    users += _openers(numbers)
+    for look in (_swaps, lambda found: _mounts(found, names), _openers):
+        try:
+            users += look(numbers)
+        except (OSError, ValueError, IndexError) as error:
+            log.warning("looking for the users of %s: %s", device, error)
     return users
 
 
@@ -56,9 +65,9 @@ def _swaps(numbers: dict[int, str]) -> list[str]:
     found = []
     with open("/proc/swaps", encoding="utf-8", errors="surrogateescape") as file:
         for line in file.readlines()[1:]:
-            path = line.split()[0].encode().decode("unicode_escape")
+            path = _unescaped(line.split()[0])
             if _is_device(path, numbers):
-                found.append(f"used as swap ({path})")
+                found.append(f"used as swap ({_shown(path)})")
     return found
 
 
@@ -84,7 +93,7 @@ def _mounts(numbers: dict[int, str], names: set[str]) -> list[str]:
             # btrfs and others show an anonymous device number: there the source tells.
             source = right.split()[1] if len(right.split()) > 1 else ""
             if os.makedev(major, minor) in numbers or source in names:
-                target = fields[4].encode().decode("unicode_escape")
+                target = _shown(_unescaped(fields[4]))
                 elsewhere = "" if namespace == own else f" in the mount namespace of process {pid}"
                 found[f"mounted on {target}{elsewhere}"] = None
     return list(found)
@@ -110,6 +119,16 @@ def _openers(numbers: dict[int, str]) -> list[str]:
             except OSError:
                 continue
     return list(found)
+
+
+def _unescaped(text: str) -> str:
+    """Undo the octal escapes of /proc/PID/mountinfo and /proc/swaps (seq_escape in the kernel)."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
+
+
+def _shown(path: str) -> str:
+    """A path as text that any terminal, log or JSON can take, even if it is no UTF-8."""
+    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _is_device(path: str, numbers: dict[int, str]) -> bool:

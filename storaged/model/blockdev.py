@@ -29,7 +29,7 @@ class Image:
 
 
 def image_tree(
-    chain: Sequence[Image], *, read_only: bool, node_name: str, cache: Mapping[str, bool]
+    chain: Sequence[Image], *, read_only: bool, node_name: str, cache: Mapping[str, bool], depth: int = 0
 ) -> Node:
     """Return one blockdev-add argument for an image and its backing chain.
 
@@ -39,7 +39,8 @@ def image_tree(
     image, rest = chain[0], chain[1:]
     node: Node = {
         "driver": image.format.value,
-        "node-name": node_name,
+        # QEMU allows 31 characters.
+        "node-name": f"{node_name}-{depth}" if depth else node_name,
         "read-only": read_only,
         "discard": "unmap",
         "cache": dict(cache),
@@ -51,7 +52,7 @@ def image_tree(
         node["data-file"] = image.data_file
     if image.format in COPY_ON_WRITE:
         node["backing"] = (
-            image_tree(rest, read_only=True, node_name=f"{node_name}-backing", cache=cache) if rest else None
+            image_tree(rest, read_only=True, node_name=node_name, cache=cache, depth=depth + 1) if rest else None
         )
     return node
 

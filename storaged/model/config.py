@@ -28,7 +28,7 @@ def parse_config(text: bytes, path: str) -> Config:
     """Parse storaged.toml. Raises INVALID_ARGUMENT that says where it is wrong."""
     try:
         config = msgspec.toml.decode(text, type=Config)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise StoragedError(
             ErrorCode.INVALID_ARGUMENT,
             f"the configuration {path} cannot be read",
@@ -40,6 +40,8 @@ def parse_config(text: bytes, path: str) -> Config:
             raise StoragedError(
                 ErrorCode.INVALID_ARGUMENT, f"{path}: {key} must be above 0 and at most 86400 seconds"
             )
+    if config.snapshot_dir is not None and not config.snapshot_dir.startswith("/"):
+        raise StoragedError(ErrorCode.INVALID_ARGUMENT, f"{path}: snapshot_dir must be an absolute path")
     if config.log_level not in ("debug", "info", "warning", "error"):
         raise StoragedError(
             ErrorCode.INVALID_ARGUMENT, f"{path}: log_level must be debug, info, warning or error"

@@ -168,7 +168,7 @@ def _libnbd(facts: Facts) -> Finding:
 
 def _qsd(facts: Facts) -> Iterator[Finding]:
     if facts.qsd_path is None:
-        hint = "apt install qemu-system-common"
+        hint = "apt install qemu-system-common (Debian 12) or qemu-utils (Debian 13)"
         if "/" in facts.qsd_binary:
             hint = f"correct [qsd] binary in {facts.config_file}, or {hint}"
         yield Finding("qsd", Status.FAIL, f"{facts.qsd_binary} is not installed", hint)
@@ -178,7 +178,7 @@ def _qsd(facts: Facts) -> Iterator[Finding]:
             "qsd",
             Status.FAIL,
             f"{facts.qsd_path} does not tell its version: {facts.qsd_output or 'it printed nothing'}",
-            "apt install --reinstall qemu-system-common",
+            "apt install --reinstall qemu-system-common (Debian 12) or qemu-utils (Debian 13)",
         )
         return
     yield Finding("qsd", Status.OK, f"{facts.qsd} at {facts.qsd_path}")

@@ -6,7 +6,7 @@ import re
 
 from storaged.errors import ErrorCode, StoragedError
 
-_SIZE = re.compile(r"([0-9]+)([KMGTP]?)(?:i?B)?", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]{1,19})([KMGTP]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50}
 #: What a kernel block device can address (loff_t).
 MAX_SIZE = 2**63 - 512
@@ -25,7 +25,7 @@ def parse_size(text: str) -> int:
     size = int(match[1]) << _UNITS[match[2].upper()]
     if not 0 < size <= MAX_SIZE:
         raise StoragedError(
-            ErrorCode.INVALID_SIZE, f"{text!r} is not a usable size", hint="the size must be from 1 to 8E"
+            ErrorCode.INVALID_SIZE, f"{text!r} is not a usable size", hint="the size must be above 0 and below 8192P"
         )
     return size
 

@@ -95,5 +95,6 @@ def check_spec(spec: VolumeSpec, backend_options: frozenset[str]) -> None:
         refuse("a snapshot directory or size without --snapshot", "add --snapshot or leave them out")
     if spec.snapshot_dir is not None and not spec.snapshot_dir.startswith("/"):
         refuse(f"snapshot directory {spec.snapshot_dir!r} is not an absolute path", "write the whole path")
-    if "\0" in spec.source or any("\0" in text for pair in options.items() for text in pair):
+    texts = [spec.source, spec.snapshot_dir or "", *options.keys(), *options.values()]
+    if any("\0" in text for text in texts):
         refuse("a source or option holds a NUL character", "leave it out")

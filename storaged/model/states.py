@@ -29,7 +29,7 @@ _TROUBLE = frozenset({State.HUNG, State.RECOVERING, State.FAILED, State.DETACHIN
 TRANSITIONS: dict[State, frozenset[State]] = {
     # A restarted daemon finds a volume in any condition, so anything may follow ABSENT.
     State.ABSENT: frozenset(State) - {State.ABSENT},
-    State.STARTING: frozenset({State.EXPORTING, State.ATTACHING, State.ONLINE}) | _TROUBLE,
+    State.STARTING: frozenset({State.ABSENT, State.EXPORTING, State.ATTACHING, State.ONLINE}) | _TROUBLE,
     State.EXPORTING: frozenset({State.STARTING, State.ATTACHING, State.ONLINE}) | _TROUBLE,
     State.ATTACHING: frozenset({State.STARTING, State.EXPORTING, State.ONLINE}) | _TROUBLE,
     State.ONLINE: frozenset({State.STALLED, State.RESCUED, State.ATTACHING}) | _TROUBLE,
@@ -39,7 +39,8 @@ TRANSITIONS: dict[State, frozenset[State]] = {
     State.RECOVERING: frozenset({State.ONLINE, State.RESCUED}) | _TROUBLE - {State.RECOVERING},
     State.RESCUED: frozenset({State.RECOVERING, State.ONLINE, State.FAILED, State.DETACHING}),
     State.FAILED: frozenset(State) - {State.FAILED},
-    State.DETACHING: frozenset({State.ABSENT, State.ONLINE, State.FAILED, State.HUNG}),
+    # A detach that is refused leaves the volume as it was, or as it has become meanwhile.
+    State.DETACHING: frozenset({State.ABSENT, State.ATTACHING, State.ONLINE}) | _TROUBLE - {State.DETACHING},
 }
 
 
@@ -55,10 +56,10 @@ def state_of(goal: Goal, seen: Observed, *, was_online: bool, failed: bool) -> S
     usable = seen.qsd is Qsd.RUNNING and seen.exported and seen.device is Device.HEALTHY and seen.linked
     if usable:
         return State.ONLINE
-    if failed:
-        return State.FAILED
     if seen.qsd is Qsd.SILENT:
         return State.HUNG
+    if failed:
+        return State.FAILED
     if was_online:
         return State.RECOVERING
     if seen.qsd is Qsd.NONE or not seen.opened:

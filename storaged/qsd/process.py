@@ -31,8 +31,8 @@ def find_binary(binary: str) -> str:
     if path is None:
         raise StoragedError(
             ErrorCode.QSD_MISSING, f"the program {binary!r} is not there",
-            hint="install it (Debian 12: qemu-system-common, Debian 13: qemu-block-extra and qemu-utils bring "
-            "their parts; storaged doctor tells), or set qsd.binary in storaged.toml",
+            hint="apt install qemu-system-common (Debian 12) or qemu-utils (Debian 13), or set qsd.binary in "
+            "storaged.toml",
         )
     return path
 
@@ -40,7 +40,7 @@ def find_binary(binary: str) -> str:
 def spawn(binary: str, directory: str, listener: socket.socket, keep: Sequence[int]) -> tuple[int, int]:
     """Start QSD with nothing but its QMP monitor on ``listener`` and return its pid and a pidfd.
 
-    The monitor's socket is listening already, so a client can connect at once and waits for the greeting, not
+    The first client must be in the backlog of ``listener`` already: QSD waits for it, so that nobody has to wait
     for a file to appear. The descriptors ``keep`` (source locks, claims) are inherited and live as long as the
     process. It gets a session of its own, so that no signal to the daemon's terminal or group reaches it.
     Blocks for an exec. Raises QSD_MISSING.
@@ -52,7 +52,10 @@ def spawn(binary: str, directory: str, listener: socket.socket, keep: Sequence[i
             child = subprocess.Popen(
                 [
                     binary,
-                    "--chardev", f"socket,id=qmp,fd={listener.fileno()},server=on,wait=off",
+                    # wait=on: QSD accepts the client that is in the backlog already before it makes its
+                    # monitor. With wait=off, its main thread and its monitor thread now and then read the
+                    # same connection at once, and a byte of a command is lost (docs/architecture.md).
+                    "--chardev", f"socket,id=qmp,fd={listener.fileno()},server=on,wait=on",
                     "--monitor", "chardev=qmp",
                     "--pidfile", pidfile(directory),
                 ],

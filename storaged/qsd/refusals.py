@@ -14,7 +14,8 @@ _KNOWN: list[tuple[str, ErrorCode, str, str]] = [
         "end that process (a virtual machine? qemu-img? lsof names it), or attach with --read-only",
     ),
     (
-        r"Image is not in \S+ format|not a valid|Invalid (footer|signature)|invalid magic|bad signature",
+        r"Image (is )?not in \S+ format|not a valid|Invalid (footer|signature)|invalid (VMDK|VPC) image"
+        r"|invalid magic|bad signature",
         ErrorCode.WRONG_FORMAT, "the image has another format", "say the right one with --format",
     ),
     (r"No such file or directory", ErrorCode.SOURCE_MISSING, "the source is not there", "check the path"),
@@ -29,7 +30,7 @@ _KNOWN: list[tuple[str, ErrorCode, str, str]] = [
         "storaged doctor shows its version; convert the image with qemu-img convert, or use another build",
     ),
     (
-        r"Invalid password|cannot unlock|No usable key|Automatic encryption|password",
+        r"Invalid password|cannot unlock any key",
         ErrorCode.OPEN_FAILED, "the passphrase does not open the image",
         "check the file given with -o key-file; every byte of it counts, a newline at its end too",
     ),

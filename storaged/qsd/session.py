@@ -43,6 +43,8 @@ class Session:
         """
         try:
             sock = connect_unix(path)
+        except BlockingIOError as error:
+            raise _silent("it accepts no connection", 0) from error
         except OSError as error:
             raise _gone(error.strerror or str(error)) from error
         return await cls.over(sock, timeout=timeout)
@@ -113,6 +115,21 @@ class Session:
         exports = await self.execute("query-block-exports")
         return any(entry["id"] == export and not entry["shutting-down"] for entry in exports)
 
+    async def delete_export(self, export: str, *, timeout: float) -> None:
+        """Delete an export, whoever uses it, and wait until it is gone."""
+
+        def deleted(message: Any) -> bool:
+            return bool(message["data"]["id"] == export)
+
+        listener = EventListener("BLOCK_EXPORT_DELETED", deleted)
+        with self._client.listen(listener):
+            await self.execute("block-export-del", {"id": export, "mode": "hard"}, timeout=timeout)
+            try:
+                async with asyncio.timeout(timeout):
+                    await listener.get()
+            except TimeoutError as error:
+                raise _silent("the export does not go", timeout) from error
+
     async def run_job(self, command: str, arguments: dict[str, Any], job: str, *, timeout: float) -> None:
         """Start a job, wait for its end and dismiss it. Raises what made it fail, QSD_SILENT at the deadline."""
         def concluded(message: Any) -> bool:
@@ -140,6 +157,7 @@ def _gone(cause: str) -> StoragedError:
 
 def _silent(cause: str, timeout: float) -> StoragedError:
     return StoragedError(
-        ErrorCode.QSD_SILENT, "qemu-storage-daemon does not answer", cause=f"{cause} within {timeout:g} s",
+        ErrorCode.QSD_SILENT, "qemu-storage-daemon does not answer",
+        cause=f"{cause} within {timeout:g} s" if timeout else cause,
         hint="the storage below may hang; detach --force ends the volume without it",
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import threading
 import time
 
 import msgspec
@@ -22,6 +24,9 @@ class LocalStore:
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
+        self._lock = threading.Lock()
+        self._begun = itertools.count(1)
+        self._done: dict[str, int] = {}
 
     def load(self) -> Loaded:
         """Read all; a file that is truncated, garbled or misnamed is renamed to NAME.json.damaged-TIME."""
@@ -43,19 +48,32 @@ class LocalStore:
                 check_name(name)
                 if desired.spec.name != name:
                     raise ValueError(f"the file speaks of volume {desired.spec.name!r}")
-            except (OSError, ValueError, StoragedError) as error:
+            except OSError as error:
+                # It may be whole: a disk or a limit failed, not the file.
+                damaged.append(Damaged(name, f"it cannot be read: {error.strerror}", path))
+            except (ValueError, StoragedError) as error:
                 damaged.append(self._set_aside(name, path, str(error)))
             else:
                 volumes[name] = desired
         return Loaded(volumes, tuple(damaged))
 
     def put(self, desired: Desired) -> None:
-        """Write NAME.json atomically."""
-        write_atomic(self._path(desired.spec.name), msgspec.json.format(msgspec.json.encode(desired)))
+        """Write NAME.json atomically. A put that hung is dropped when a later put or delete came before it."""
+        name, turn = desired.spec.name, next(self._begun)
+        data = msgspec.json.format(msgspec.json.encode(desired))
+        write_atomic(self._path(name), data, still_wanted=lambda: self._is_next(name, turn))
 
     def delete(self, name: str) -> None:
         """Remove NAME.json."""
+        self._is_next(name, next(self._begun))
         remove_file(self._path(name))
+
+    def _is_next(self, name: str, turn: int) -> bool:
+        with self._lock:
+            if self._done.get(name, 0) > turn:
+                return False
+            self._done[name] = turn
+            return True
 
     def _path(self, name: str) -> str:
         return os.path.join(self._directory, check_name(name) + _SUFFIX)

@@ -156,7 +156,7 @@ class Attachment:
                 found = self.transport.find_device(self._site)
                 if record.device is None and found is not None:
                     # The daemon died between the set-up and the record.
-                    self._note(device=found.device, diskseq=found.diskseq)
+                    await self._note(device=found.device, diskseq=found.diskseq)
                 return
         elif (device := self.transport.find_device(self._site)) is not None:
             strays = await self._site.blocking("look for processes", 10, self._strays)
@@ -178,7 +178,7 @@ class Attachment:
             self._find(strays[0])
 
     def _strays(self) -> list[ProcessIdentity]:
-        return process.find_by_argument(pidfile(self._directory))
+        return process.find_by_arguments("--pidfile", pidfile(self._directory))
 
     async def _end_strays(self) -> None:
         """End a QSD of this volume that was started but never recorded: it serves nothing yet."""
@@ -216,7 +216,7 @@ class Attachment:
         match step:
             case Step.CLEAR:
                 self.notes += await self.transport.clear(self._site, self.record, timeout)
-                self._forget_device()
+                await self._forget_device()
             case Step.START:
                 await self._start(timeout)
             case Step.OPEN:
@@ -226,7 +226,7 @@ class Attachment:
             case Step.CONNECT:
                 connected = await self.transport.connect(self._site, self._known(), timeout)
                 self._environment.fault("connect: made")
-                self._note(device=connected.device, diskseq=connected.diskseq, direct_io=connected.direct_io)
+                await self._note(device=connected.device, diskseq=connected.diskseq, direct_io=connected.direct_io)
             case Step.PUBLISH:
                 record = self._known()
                 links.publish(
@@ -257,7 +257,7 @@ class Attachment:
             if record.spec.read_only:
                 raise StoragedError(ErrorCode.UNSUPPORTED, "a read-only volume cannot grow")
             await session.execute("block_resize", {"node-name": blockdev.DISK, "size": size}, timeout=timeout)
-        self._note(size=size)
+        await self._note(size=size)
         await self.transport.resized(self._site, self._known(), size, timeout)
 
     async def leave(self) -> None:
@@ -314,7 +314,7 @@ class Attachment:
         self.started_at = time.monotonic()
         self._session = await Session.over(started.monitor, timeout=timeout)
         # Only now it is surely itself: qsd.binary may be a script that executes the real one.
-        self._note(process=process.identify(started.pid), qsd_version=self._session.version)
+        await self._note(process=process.identify(started.pid), qsd_version=self._session.version)
 
     async def _open(self, timeout: float) -> None:
         spec, wanted = self.spec, self._opening
@@ -344,7 +344,7 @@ class Attachment:
                 cause=f"that is no multiple of its logical block size {spec.logical_block_size}" if size else "",
                 hint="resize the image (qemu-img resize), or say another -o logical-block-size",
             )
-        self._note(size=size)
+        await self._note(size=size)
 
     async def _open_overlay(self, session: Session, timeout: float) -> None:
         """Open the overlay over the base; make it first where there is none."""
@@ -380,6 +380,9 @@ class Attachment:
 
     async def _export(self, timeout: float) -> None:
         record, session = self._known(), await self._connected()
+        if await session.has_export(blockdev.EXPORT):
+            # The host's end of it is gone (somebody unmounted it); QSD has not noticed.
+            await session.delete_export(blockdev.EXPORT, timeout=timeout)
         await self.transport.prepare(self._site, record, timeout)
         options = self.transport.export(self._site, record)
         if record.spec.options.get("cache") in ("writethrough", "directsync"):
@@ -394,7 +397,7 @@ class Attachment:
             )
         else:
             await self.transport.disconnect(self._site, record, timeout)
-        self._forget_device()
+        await self._forget_device()
 
     async def _stop(self, timeout: float) -> None:
         """Let QSD end by itself, which flushes everything; kill it when it does not."""
@@ -485,14 +488,13 @@ class Attachment:
             raise StoragedError(ErrorCode.INTERNAL, "a step needs a record and there is none")
         return self.record
 
-    def _forget_device(self) -> None:
+    async def _forget_device(self) -> None:
         if self.record is not None and self.record.device is not None:
-            self._note(device=None, diskseq=0)
+            await self._note(device=None, diskseq=0)
 
-    def _note(self, **changes: object) -> None:
+    async def _note(self, **changes: object) -> None:
         self.record = msgspec.structs.replace(self._known(), **changes)
-        self._write_record(self.record)
+        await self._site.blocking("write the record", 10, self._write_record, self.record)
 
     def _write_record(self, record: Record) -> None:
-        # On /run, a tmpfs: this does not wait for a disk.
         write_atomic(os.path.join(self._directory, "record.json"), msgspec.json.encode(record))

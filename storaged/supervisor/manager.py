@@ -79,18 +79,9 @@ class Manager:
                 )
             await volume.attach(patience)
             return volume
-        volume = self._volumes[spec.name] = Volume(Desired(spec=spec), self.environment, fresh=True)
-        try:
-            store = self.environment.store_of(spec.persist)
-            await self._blocking("store what is wished", 30.0, store.put, Desired(spec=spec))
-        except BaseException:
-            del self._volumes[spec.name]
-            raise
-        request = asyncio.ensure_future(volume.attach(patience))
-        # One turn of the loop: the request is in the inbox before the actor looks into it.
-        await asyncio.sleep(0)
+        volume = Volume(Desired(spec=spec), self.environment, fresh=True)
         self._begin(volume, adopt=False)
-        await request
+        await volume.attach(patience)
         return volume
 
     async def detach(self, name: str, *, force: bool, timeout: float | None) -> list[str]:
@@ -195,6 +186,10 @@ class Manager:
                     return
             for directory in (layout.volumes_dir, layout.desired_volatile):
                 shutil.rmtree(directory, ignore_errors=True)
+            with os.scandir(layout.dev_dir) as entries:
+                for entry in entries:
+                    if entry.is_symlink():
+                        os.unlink(entry)
         except FileNotFoundError:
             pass
         write_atomic(marker, now.encode())

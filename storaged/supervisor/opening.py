@@ -16,7 +16,7 @@ from storaged.host import locks, loop
 from storaged.host.chain import ImageFile, inspect_chain
 from storaged.model.blockdev import BASE, DISK, PASSPHRASE, Image, image_tree
 from storaged.model.formats import Format
-from storaged.model.spec import VolumeSpec
+from storaged.model.spec import VolumeSpec, check_spec
 
 #: A passphrase is not a disk image (bytes).
 _MAX_KEY = 64 * 1024
@@ -46,6 +46,7 @@ def inspect(spec: VolumeSpec) -> Opening:
     Raises what storaged.host.chain raises, and SOURCE_IN_USE where a foreign loop device stands on the file.
     """
     backend = find_backend(spec.source)
+    check_spec(spec, frozenset(backend.options))
     backend.check_options(spec.options)
     path = backend.parse(spec.source)
     chain = inspect_chain(path, spec.format, spec.allowed_backing)

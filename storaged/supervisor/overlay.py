@@ -1,7 +1,8 @@
 """The overlays of snapshots: where they are, how they come and how they go. Blocks, use a thread.
 
-DIR/NAME in the daemon's snapshots directory is a link to the overlay, made before it: so none is ever lost,
-wherever the user wanted it. A crash while an overlay is made leaves ``.new`` behind, which never counts.
+NAME.at in the daemon's snapshots directory is a link to the overlay, made before it: so none is ever lost,
+wherever the user wanted it. Overlays end in .qcow2, so that no volume's name leads to another's. A crash while an
+overlay is made leaves ``.new`` behind, which never counts.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import os
 
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host.atomic import state_error, sync_directory
-from storaged.model.sizes import parse_size
+from storaged.model.sizes import MAX_SIZE, parse_size
 from storaged.model.spec import VolumeSpec
 
 _DEFAULT_LIMIT = 10 << 30
+_LINK = ".at"
 #: Below this, qcow2's own tables leave no room for data.
 _SMALLEST_LIMIT = 4 << 20
 
@@ -29,13 +31,13 @@ def limit_of(spec: VolumeSpec) -> int:
         raise StoragedError(
             ErrorCode.INVALID_SIZE, f"a snapshot-size of {text} is too small", hint="4M is the least"
         )
-    return -(-limit // 65536) * 65536
+    return min(-(-limit // 65536) * 65536, MAX_SIZE // 65536 * 65536)
 
 
 def locate(snapshots: str, name: str) -> str | None:
     """Return where the overlay of a volume is (or will be), None if it has none."""
     try:
-        return os.readlink(os.path.join(snapshots, name))
+        return os.readlink(_link(snapshots, name))
     except (FileNotFoundError, NotADirectoryError):
         return None
 
@@ -49,10 +51,15 @@ def reserve(snapshots: str, directory: str | None, name: str) -> str:
     if directory is None:
         path = os.path.join(snapshots, f"{name}.qcow2")
     else:
+        if not os.path.isdir(directory):
+            raise StoragedError(
+                ErrorCode.INVALID_ARGUMENT, f"there is no snapshot directory {directory}",
+                hint="create it, or say another --snapshot-dir",
+            )
         # Another daemon may have a volume of that name, and its overlay in the same directory.
         owner = hashlib.sha256(snapshots.encode()).hexdigest()[:8]
         path = os.path.join(directory, f"storaged.{name}.{owner}.qcow2")
-    link = os.path.join(snapshots, name)
+    link = _link(snapshots, name)
     try:
         os.symlink(path, link)
         sync_directory(snapshots)
@@ -94,7 +101,7 @@ def remove(snapshots: str, name: str) -> None:
     if path is None:
         return
     try:
-        for victim in (f"{path}.new", path, os.path.join(snapshots, name)):
+        for victim in (f"{path}.new", path, _link(snapshots, name)):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(victim)
         sync_directory(snapshots)
@@ -108,4 +115,8 @@ def all_names(snapshots: str) -> list[str]:
         entries = os.listdir(snapshots)
     except FileNotFoundError:
         return []
-    return [entry for entry in entries if os.path.islink(os.path.join(snapshots, entry))]
+    return [entry.removesuffix(_LINK) for entry in entries if entry.endswith(_LINK)]
+
+
+def _link(snapshots: str, name: str) -> str:
+    return os.path.join(snapshots, name + _LINK)

@@ -21,6 +21,10 @@ log = logging.getLogger("storaged.volume")
 
 #: Seconds between two looks at an online volume (sysfs and mounts only; a death is told by its pidfd at once).
 _LOOK_EVERY = 15.0
+#: Seconds after which QSD of an online volume is asked, too, whether it is well: that costs a thousand times more.
+_ASK_EVERY = 60.0
+#: Seconds between two looks at a volume whose QSD does not answer.
+_HUNG_LOOK = 5.0
 #: Seconds between two looks at a volume that is not online, at least.
 _LEAST_PATIENCE = 2.0
 #: The same step this often in a row means that it has no effect.
@@ -40,6 +44,8 @@ class _Request:
     timeout: float
     done: asyncio.Future[None]
     gone_is_fine: bool = False
+    about_the_volume: bool = True
+    """Its failure says something about the volume, and not only about the request."""
 
 
 class Volume:
@@ -64,7 +70,10 @@ class Volume:
         self._setbacks = 0
         self._not_before = 0.0
         self._next_look = 0.0
+        self._ask_after = 0.0
+        self._deadline = 0.0
         self._running = False
+        self._over = False
         self._leaving = False
 
     # What others ask -----------------------------------------------------------------------------------------
@@ -83,22 +92,23 @@ class Volume:
 
     async def resize(self, size: int, timeout: float) -> None:
         """Grow the volume to ``size`` bytes."""
-        await self._ask(lambda: self._resize(size, timeout), timeout)
+        await self._ask(lambda: self._resize(size, timeout), timeout, about_the_volume=False)
 
     async def _ask(
-        self, run: Callable[[], Awaitable[None]], timeout: float, *, gone_is_fine: bool = False
+        self, run: Callable[[], Awaitable[None]], timeout: float, *, gone_is_fine: bool = False,
+        about_the_volume: bool = True,
     ) -> None:
-        if self.ended:
+        if self._over or self.ended:
             raise self._nothing_left()
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._inbox.put_nowait(_Request(run, timeout, done, gone_is_fine))
+        self._inbox.put_nowait(_Request(run, timeout, done, gone_is_fine, about_the_volume))
         await done
 
     # The task ------------------------------------------------------------------------------------------------
 
     @property
     def ended(self) -> bool:
-        """Whether nothing of the volume is left and its actor is done."""
+        """Whether nothing of the volume is left."""
         return self._running and self.goal is Goal.ABSENT and self.state is State.ABSENT
 
     async def run(self, *, adopt: bool) -> None:
@@ -106,12 +116,11 @@ class Volume:
         try:
             if adopt:
                 await self._serve(_Request(self._adopt, self._environment.config.attach_timeout, _nobody()))
-            elif self._inbox.empty():
-                raise RuntimeError("a fresh volume's actor runs because of a request")
             self._running = True
             while not self.ended:
                 await self._serve(await self._next())
         finally:
+            self._over = True
             await self.attachment.leave()
             while not self._inbox.empty():
                 request = self._inbox.get_nowait()
@@ -145,7 +154,7 @@ class Volume:
         finally:
             finished, self._current = self._current, None
         error = _error_of(finished)
-        if error is not None:
+        if error is not None and request.about_the_volume and error.code is not ErrorCode.VOLUME_BUSY:
             self._fail(error.at(volume=self.spec.name))
         self._next_look = time.monotonic() + self._patience()
         if request.done.done():
@@ -157,10 +166,13 @@ class Volume:
 
     async def _bounded(self, request: _Request) -> None:
         self._blamed = None
+        self._deadline = time.monotonic() + request.timeout
         try:
-            async with asyncio.timeout(request.timeout):
+            async with asyncio.timeout(request.timeout) as deadline:
                 await request.run()
         except TimeoutError as error:
+            if not deadline.expired():
+                raise
             raise StoragedError(
                 ErrorCode.TIMEOUT, f"not done within {request.timeout:g} s", step=self._blamed or self._step or "",
                 hint=f"storaged show {self.spec.name} tells what it waits for; try again with a longer --timeout",
@@ -176,6 +188,8 @@ class Volume:
             return 0.0
         if self.state is State.ONLINE:
             return _LOOK_EVERY * random.uniform(0.9, 1.1)
+        if self.state is State.HUNG:
+            return _HUNG_LOOK
         return max(_LEAST_PATIENCE, self._not_before - time.monotonic())
 
     # What is done ------------------------------------------------------------------------------------------------
@@ -190,11 +204,11 @@ class Volume:
         except StoragedError as error:
             if self.goal is Goal.ABSENT and error.code in _REFUSALS:
                 # A detach that an earlier daemon began is refused: the volume stays.
-                await self._keep()
+                await self._keep(str(error))
             raise
 
     async def _look(self) -> None:
-        if self.state is State.ONLINE and self.attachment.looks_well():
+        if self.state is State.ONLINE and self.attachment.looks_well() and time.monotonic() < self._ask_after:
             return
         if self._adoption_refused:
             return
@@ -203,7 +217,7 @@ class Volume:
             self.seen = await self.attachment.observe()
             self._settle(working=True)
             self._count_death(death)
-        if time.monotonic() < self._not_before:
+        if time.monotonic() < self._not_before and self.state is not State.HUNG:
             return
         await self._converge()
 
@@ -229,6 +243,8 @@ class Volume:
         if self.failure is not None and self._adoption_refused:
             raise self.failure
         try:
+            if self._fresh:
+                await self._store(Desired(spec=self.spec))
             await self._converge()
         except BaseException as error:
             self._blamed = self._step
@@ -256,6 +272,7 @@ class Volume:
             raise cancelled
 
     async def _take_down(self) -> None:
+        self._deadline = time.monotonic() + _UNDO_PATIENCE
         async with asyncio.timeout(_UNDO_PATIENCE):
             await self._converge(force=True)
 
@@ -275,13 +292,17 @@ class Volume:
         except StoragedError as error:
             if not stored:
                 self.goal = before
-            elif error.code in _REFUSALS:
-                await self._keep()
+            elif error.code in _REFUSALS or (
+                not force and self._step is Step.DISCONNECT and error.code is not ErrorCode.HOST_STUCK
+            ):
+                # The device goes first, so nothing was changed yet. (What hangs may still happen.)
+                await self._keep(str(error))
             raise
 
-    async def _keep(self) -> None:
+    async def _keep(self, why: str) -> None:
         """A detach was refused, and nothing was changed: the volume is wanted again."""
         self.goal = Goal.ATTACHED
+        self._emit("refused", why)
         try:
             await self._store(Desired(spec=self.spec))
         except StoragedError as error:
@@ -321,8 +342,9 @@ class Volume:
             self._step = step
             self._emit("step", _DOING[step])
             self._environment.fault(f"before {step}")
+            left = max(0.1, self._deadline - time.monotonic())
             try:
-                await self.attachment.perform(step, timeout=self._environment.config.attach_timeout, force=force)
+                await self.attachment.perform(step, timeout=left, force=force)
             except StoragedError as error:
                 raise error.at(volume=self.spec.name, step=step) from error
             self._environment.fault(f"after {step}")
@@ -363,6 +385,7 @@ class Volume:
             state = State.FAILED
         if state is State.ONLINE:
             self._was_online = True
+            self._ask_after = time.monotonic() + _ASK_EVERY * random.uniform(0.9, 1.1)
             self.failure = None
             if self._setbacks and time.monotonic() - self.attachment.started_at > STABLE_AFTER:
                 self._setbacks = 0
@@ -376,7 +399,8 @@ class Volume:
         news = self.failure is None or str(self.failure) != str(error)
         self.failure = error
         self._settle()
-        self._set_back()
+        if error.code is not ErrorCode.QSD_SILENT:
+            self._set_back()
         if news:
             self._emit("failure", str(error))
             log.error("%s [%s]", error, error.code)
@@ -392,6 +416,12 @@ class Volume:
         self._environment.events.publish(self.spec.name, kind, self.state.value, message)
 
     def _nothing_left(self) -> StoragedError:
+        if not self.ended:
+            return StoragedError(
+                ErrorCode.INTERNAL, "nobody looks after this volume any more", volume=self.spec.name,
+                cause="its actor ended by a bug, or the daemon is ending; its device goes on working",
+                hint="restart storaged, which takes the volume over again",
+            )
         return self.failure or StoragedError(
             ErrorCode.NO_SUCH_VOLUME, f"there is no volume {self.spec.name!r} any more", volume=self.spec.name
         )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import os
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from storaged.errors import ErrorCode, StoragedError
 from storaged.model.formats import Format
 from storaged.model.spec import Desired, VolumeSpec
-from storaged.store.base import Store
+from storaged.store.base import Loaded, Store
 from storaged.store.local import LocalStore
 from tests.contract.memory_store import MemoryStore
 
@@ -179,6 +181,7 @@ def test_a_directory_or_a_dangling_link_in_place_of_an_entry_harms_no_other(plac
     loaded = LocalStore(str(place)).load()
     assert loaded.volumes == {"good": wish("good")}
     assert sorted(damaged.name for damaged in loaded.damaged) == ["dir", "link"]
+    assert sorted(os.listdir(place)) == ["dir.json", "good.json", "link.json"]
 
 
 def test_foreign_files_are_left_alone(place: Path) -> None:
@@ -190,8 +193,8 @@ def test_foreign_files_are_left_alone(place: Path) -> None:
 
 
 def test_what_a_crash_left_half_written_never_counts_and_goes(place: Path) -> None:
-    (place / ".bad.json.tmp").write_bytes(WHOLE)
-    (place / ".good.json.tmp").write_bytes(b"{")
+    (place / ".bad.json.x7_a3k2p.tmp").write_bytes(WHOLE)
+    (place / ".good.json.0c4h_e8b.tmp").write_bytes(b"{")
     loaded = LocalStore(str(place)).load()
     assert (loaded.volumes, loaded.damaged) == ({"good": wish("good")}, ())
     assert os.listdir(place) == ["good.json"]
@@ -205,15 +208,93 @@ def test_only_root_can_look(tmp_path: Path) -> None:
     assert (tmp_path / "volumes" / "a.json").stat().st_mode & 0o077 == 0
 
 
-@pytest.mark.xfail(reason="BUG: a moment without file descriptors (EMFILE, or EIO) sets whole entries aside")
-def test_an_entry_that_cannot_be_read_at_the_moment_is_not_taken_for_damaged(
-    place: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO], ids=errno.errorcode.get)
+def test_an_entry_that_cannot_be_read_at_the_moment_is_told_and_stays_where_it_is(
+    place: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    def no_descriptor(*_: object) -> object:
-        raise OSError(24, "Too many open files")
+    def fails(*_: object) -> object:
+        raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
-        patch.setattr("builtins.open", no_descriptor)
-        with contextlib.suppress(StoragedError, OSError):
-            LocalStore(str(place)).load()
-    assert LocalStore(str(place)).load().volumes == {"good": wish("good")}
+        patch.setattr("builtins.open", fails)
+        loaded = LocalStore(str(place)).load()
+    assert loaded.volumes == {}
+    (damaged,) = loaded.damaged
+    assert (damaged.name, damaged.set_aside) == ("good", str(place / "good.json"))
+    assert os.strerror(number) in damaged.cause
+    assert LocalStore(str(place)).load() == Loaded({"good": wish("good")})
+
+
+class Hanging:
+    """A system call that hangs in the first thread that makes it, until that is let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+        self._real: Callable[..., Any] = getattr(os, call)
+        self._victim: threading.Thread | None = None
+        self._hangs, self._goes_on = threading.Event(), threading.Event()
+        monkeypatch.setattr(os, call, self._call)
+
+    def _call(self, *args: Any) -> Any:
+        if threading.current_thread() is self._victim:
+            self._hangs.set()
+            assert self._goes_on.wait(10)
+        return self._real(*args)
+
+    def overtaken_by(self, first: Callable[[], None], *later: Callable[[], None]) -> None:
+        """Let ``first`` hang, do ``later`` one after another meanwhile, and let ``first`` go on then.
+
+        One of ``later`` that waits for the first is as good.
+        """
+        self._victim = threading.Thread(target=first)
+        self._victim.start()
+        assert self._hangs.wait(5)
+        others = threading.Thread(target=lambda: [do() for do in later])
+        others.start()
+        others.join(0.5)
+        self._goes_on.set()
+        for thread in (self._victim, others):
+            thread.join(5)
+            assert not thread.is_alive()
+
+
+PUT_CALLS = ["write", "fsync", "rename"]
+
+
+@pytest.mark.parametrize("call", PUT_CALLS)
+def test_a_put_that_hung_does_not_come_back_over_a_later_put(
+    place: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    store = LocalStore(str(place))
+    Hanging(monkeypatch, call).overtaken_by(
+        lambda: store.put(wish("a", "/old")), lambda: store.put(wish("a", "/new")), lambda: store.put(wish("b")),
+    )
+    assert store.load() == Loaded({"a": wish("a", "/new"), "b": wish("b"), "good": wish("good")})
+    assert sorted(os.listdir(place)) == ["a.json", "b.json", "good.json"]
+
+
+@pytest.mark.parametrize("call", PUT_CALLS)
+def test_a_put_that_hung_does_not_bring_back_what_was_deleted_later(
+    place: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    store = LocalStore(str(place))
+    Hanging(monkeypatch, call).overtaken_by(lambda: store.put(wish("good", "/old")), lambda: store.delete("good"))
+    assert store.load() == Loaded()
+    assert os.listdir(place) == []
+
+
+@pytest.mark.parametrize("call", PUT_CALLS)
+def test_a_put_that_hung_counts_when_nothing_later_was_done_to_its_volume(
+    place: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    store = LocalStore(str(place))
+    Hanging(monkeypatch, call).overtaken_by(lambda: store.put(wish("good", "/new")), lambda: store.put(wish("b")))
+    assert store.load() == Loaded({"b": wish("b"), "good": wish("good", "/new")})
+
+
+def test_a_delete_that_hung_does_not_take_away_what_was_put_later(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the volume is detached by a second try, and attached again."""
+    store = LocalStore(str(place))
+    Hanging(monkeypatch, "unlink").overtaken_by(
+        lambda: store.delete("good"), lambda: store.delete("good"), lambda: store.put(wish("good", "/new")),
+    )
+    assert store.load() == Loaded({"good": wish("good", "/new")})

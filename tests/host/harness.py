@@ -109,9 +109,16 @@ class Daemon:
         """The pid of a volume's qemu-storage-daemon."""
         return int(self.show(name)["qsd_pid"])
 
-    def kill_qsd(self, name: str) -> None:
-        """SIGKILL to a volume's qemu-storage-daemon."""
-        os.kill(self.qsd(name), signal.SIGKILL)
+    def kill_qsd(self, name: str) -> int:
+        """SIGKILL to a volume's qemu-storage-daemon; return its pid."""
+        pid = self.qsd(name)
+        os.kill(pid, signal.SIGKILL)
+        return pid
+
+    def replaced(self, name: str, former: int) -> bool:
+        """Whether a volume is online with another QSD than the one with pid ``former``."""
+        volume = self.show(name)
+        return bool(volume["state"] == "online" and volume["qsd_pid"] not in (None, former))
 
     def online(self, name: str) -> bool:
         """Whether a volume is online."""
@@ -199,7 +206,8 @@ def leftovers(root: Path) -> list[str]:
     found = []
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if f"{root}/".encode() in entry.read_bytes() and b"qsd.pid" in entry.read_bytes():
+            # TMPDIR tells whose QSD it is, whatever the program is.
+            if f"TMPDIR={root}/".encode() in (entry.parent / "environ").read_bytes():
                 found.append(f"process {entry.parent.name}")
         except OSError:
             continue

@@ -176,8 +176,8 @@ def test_what_is_written_under_load_is_what_is_read(daemon: Daemon, place: Path)
     assert direct == ("1" if loop_direct_io_is_safe(version) else "0")
     run(
         "fio", "--name=verify", f"--filename={device}", "--rw=randrw", "--bs=4k-64k", "--size=200M", "--direct=1",
-        "--ioengine=libaio", "--iodepth=32", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0", "--io_size=400M",
-        "--output-format=terse",
+        "--ioengine=libaio", "--iodepth=32", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0",
+        "--io_size=400M", "--output-format=terse",
     )
 
 
@@ -261,7 +261,7 @@ def test_watch_tells_what_happens_as_it_happens(daemon: Daemon, place: Path) -> 
         assert first["kind"] == "ready"
         daemon.attach("a", image(place / "a.qcow2"), format="qcow2")
         daemon.detach("a")
-        kinds = []
+        kinds: list[dict[str, str]] = []
         while not kinds or kinds[-1]["kind"] != "removed":
             kinds.append(as_json(watcher.stdout.readline()))
         states = [event["state"] for event in kinds if event["kind"] == "state"]

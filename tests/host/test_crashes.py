@@ -318,3 +318,23 @@ def test_two_daemons_cannot_run_in_one_root(daemon: Daemon) -> None:
     assert second.returncode == 1
     assert "daemon-running" in second.stderr
     assert daemon.answers()
+
+
+def test_an_export_whose_mount_somebody_took_away_is_set_up_again_by_an_attach(daemon: Daemon, place: Path) -> None:
+    source = image(place / "a.raw", "raw")
+    device, qsd = daemon.device("a", source), daemon.qsd("a")
+    writes(device, 0, PATTERN)
+    diskseq = Path(f"/sys/block/{Path(device).name}/diskseq")
+    former = diskseq.read_text()
+    run("umount", "-l", Path(daemon.layout.volume_dir("a")) / "disk")
+    fresh = daemon.device("a", source)
+    assert daemon.online("a")
+    assert daemon.qsd("a") == qsd
+    assert os.readlink(daemon.layout.link("a")) == fresh
+    assert reads(fresh, 0, len(PATTERN)) == PATTERN
+    writes(fresh, len(PATTERN), PATTERN)
+    assert one_of_everything(daemon)
+    # After a lazy unmount the kernel no longer shows whose device the old one was.
+    assert not diskseq.with_name("loop").exists() or diskseq.read_text() != former
+    daemon.detach("a")
+    assert source.read_bytes()[: 2 * len(PATTERN)] == 2 * PATTERN

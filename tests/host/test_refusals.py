@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,8 @@ def swap(device: str, place: Path) -> Iterator[str]:
 @contextmanager
 def open_in_a_process(device: str, place: Path) -> Iterator[str]:
     """A process that has it open, without O_EXCL."""
-    with subprocess.Popen(["sh", "-c", f"exec 3<{device}; echo ready; exec sleep 60"], stdout=subprocess.PIPE) as process:
+    script = f"exec 3<{device}; echo ready; exec sleep 60"
+    with subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
         yield f"open in process {process.pid} (sleep)"
@@ -106,6 +108,29 @@ def test_detach_refuses_while_the_device_is_used_and_names_the_user(
     eventually(lambda: daemon.detach("a") == [], "free again")
 
 
+def test_a_mount_point_of_any_name_is_named_and_keeps_nobody_from_detaching(daemon: Daemon, place: Path) -> None:
+    device = daemon.device("a", image(place / "a.raw", "raw"))
+    run("mkfs.ext4", "-q", device)
+    odd = os.fsencode(place) + b"/m\xff \xc3\xa4\\n"
+    os.mkdir(odd)
+    subprocess.run([b"mount", device, odd], check=True)
+    try:
+        error = error_of(lambda: daemon.detach("a"))
+        assert error.code is ErrorCode.DEVICE_IN_USE
+        assert error.users[0] == f"mounted on {place}/m\\xff ä\\n"
+        assert daemon.online("a")
+        assert "ä" in daemon.cli("detach", "a", "--force").stderr
+    finally:
+        subprocess.run([b"umount", odd], check=True)
+
+
+def test_a_request_that_is_refused_says_nothing_about_the_volume(daemon: Daemon, place: Path) -> None:
+    source = image(place / "a.raw", "raw")
+    before = daemon.attach("a", source)
+    error_of(lambda: daemon.call("Resize", name="a", size=1 << 20))
+    assert daemon.show("a") == before
+
+
 def test_detach_refuses_while_device_mapper_or_md_holds_the_device(daemon: Daemon, place: Path) -> None:
     device = daemon.device("a", image(place / "a.raw", "raw"))
     if has_device_mapper():
@@ -113,10 +138,8 @@ def test_detach_refuses_while_device_mapper_or_md_holds_the_device(daemon: Daemo
         take_away = ["dmsetup", "remove", f"sd-{os.getpid()}"]
     else:
         # A kernel without device-mapper: an exclusive opener is what a holder is to the guard.
-        holder = subprocess.Popen(
-            ["python3", "-c", f"import os,time; os.open({device!r}, os.O_RDWR|os.O_EXCL); print(1,flush=True); time.sleep(60)"],
-            stdout=subprocess.PIPE,
-        )
+        script = f"import os,time; os.open({device!r}, os.O_RDWR|os.O_EXCL); print(1,flush=True); time.sleep(60)"
+        holder = subprocess.Popen(["python3", "-c", script], stdout=subprocess.PIPE)
         assert holder.stdout is not None
         holder.stdout.readline()
         take_away = ["kill", str(holder.pid)]
@@ -186,6 +209,21 @@ def test_list_and_show_answer_while_a_volume_hangs(daemon: Daemon, place: Path) 
         daemon.detach("a", force=True)
         waiting.wait(30)
     assert daemon.names() == []
+
+
+def test_a_volume_whose_qsd_hangs_is_shown_as_hung_until_it_goes_on(daemon: Daemon, place: Path) -> None:
+    source = image(place / "a.raw", "raw")
+    before = daemon.attach("a", source)
+    os.kill(before["qsd_pid"], signal.SIGSTOP)
+    assert error_of(lambda: daemon.attach("a", source)).code is ErrorCode.QSD_SILENT
+    seen = daemon.show("a")
+    assert seen["state"] == "hung"
+    assert seen["failure"]["code"] == "qsd-silent"
+    assert seen["device"] == before["device"]
+    os.kill(before["qsd_pid"], signal.SIGCONT)
+    eventually(lambda: daemon.online("a"), "online again", 40)
+    assert daemon.show("a")["qsd_pid"] == before["qsd_pid"]
+    assert daemon.show("a")["failure"] is None
 
 
 # Sources -----------------------------------------------------------------------------------------------------------
@@ -412,6 +450,22 @@ def test_a_qsd_that_never_answers_ends_at_the_deadline(stopped: Daemon, place: P
     assert error.step == "start"
 
 
+def test_an_attach_waits_as_long_as_the_user_wants(stopped: Daemon, place: Path) -> None:
+    binary = place / "qsd"
+    binary.write_text('#!/bin/sh\nsleep 3\nexec qemu-storage-daemon "$@"\n')
+    binary.chmod(0o755)
+    with_config(stopped, f'attach_timeout = 1.0\n[qsd]\nbinary = "{binary}"\n')
+    stopped.start()
+    source = image(place / "a.raw", "raw")
+    refuses(stopped, ErrorCode.TIMEOUT, source)
+    assert stopped.attach("a", source, timeout=30.0)["state"] == "online"
+    qsd = stopped.qsd("a")
+    stopped.kill()
+    stopped.start()
+    eventually(lambda: stopped.online("a"), "adopted, though a script started it")
+    assert stopped.qsd("a") == qsd
+
+
 @pytest.mark.parametrize(
     ("hidden", "code"),
     [("/dev/fuse", ErrorCode.TRANSPORT_UNAVAILABLE), ("/dev/loop-control", ErrorCode.TRANSPORT_UNAVAILABLE)],
@@ -432,7 +486,10 @@ def test_a_host_without_fuse_or_loop_says_so(
 def test_no_free_loop_device_is_said_and_all_is_taken_back(stopped: Daemon, place: Path) -> None:
     # The device that the kernel would give next cannot be opened: what a container without /dev/loopN sees.
     next_free = run("losetup", "-f").stdout.strip()
-    hide = f'mount -t tmpfs none {place}/dev && cp -a /dev/fuse /dev/loop-control /dev/null {place}/dev && mount --bind {place}/dev /dev && exec "$@"'
+    hide = (
+        f"mount -t tmpfs none {place}/dev && cp -a /dev/fuse /dev/loop-control /dev/null {place}/dev && "
+        f'mount --bind {place}/dev /dev && exec "$@"'
+    )
     (place / "dev").mkdir()
     stopped.start(command=["unshare", "-m", "--propagation", "private", "sh", "-c", hide, "sh"])
     error = refuses(stopped, ErrorCode.NO_FREE_DEVICE, image(place / "a.raw", "raw"))
@@ -447,20 +504,16 @@ def test_a_full_disk_under_the_state_directory_is_said(stopped: Daemon, place: P
     try:
         stopped.start()
         filler = state / "filler"
-        try:
+        with suppress(OSError):
             filler.write_bytes(bytes(1 << 20))
-        except OSError:
-            pass
         source = image(place / "a.raw", "raw")
         refuses(stopped, ErrorCode.NO_SPACE, source, persist=True)
         assert stopped.attach("b", source)["state"] == "online"  # needs no state directory
         stopped.detach("b")
         filler.unlink()
         stopped.attach("a", source, persist=True)
-        try:
+        with suppress(OSError):
             filler.write_bytes(bytes(1 << 20))
-        except OSError:
-            pass
         stopped.detach("a", force=True)
         stopped.stop()
     finally:

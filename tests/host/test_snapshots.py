@@ -42,8 +42,8 @@ def test_the_source_never_changes_and_the_changes_go_at_detach(daemon: Daemon, p
 def test_the_changes_survive_qsd_and_the_daemon(daemon: Daemon, place: Path) -> None:
     source = image(place / "base.qcow2")
     writes(daemon.device("a", source, format="qcow2", snapshot=True), 0, PATTERN)
-    daemon.kill_qsd("a")
-    eventually(lambda: daemon.online("a"), "set up again")
+    former = daemon.kill_qsd("a")
+    eventually(lambda: daemon.replaced("a", former), "set up again")
     assert reads(str(daemon.show("a")["device"]), 0, len(PATTERN)) == PATTERN
     qsd = daemon.qsd("a")
     daemon.kill()
@@ -80,6 +80,7 @@ def test_the_overlay_lies_where_the_user_wants_it_and_goes_from_there(daemon: Da
 def test_a_snapshot_directory_that_is_not_there_is_said(daemon: Daemon, place: Path) -> None:
     source = image(place / "base.raw", "raw")
     error = error_of(lambda: daemon.attach("a", source, snapshot=True, snapshot_dir=str(place / "missing")))
+    assert error.code is ErrorCode.INVALID_ARGUMENT
     assert "missing" in error.message
     assert daemon.names() == []
     assert leftovers(daemon.root) == []

@@ -72,9 +72,6 @@ def test_on_a_full_disk_entries_can_still_be_loaded_and_deleted(small: Path) -> 
     assert store.load().volumes == {}
 
 
-@pytest.mark.xfail(
-    raises=OSError, reason="BUG: removing the temporary file fails with EROFS, and that bare OSError gets out"
-)
 def test_on_a_read_only_disk_a_write_is_a_failure_with_a_hint(small: Path) -> None:
     write_atomic(str(small / "a.json"), b"old")
     make_read_only(small)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +45,7 @@ def killed_at(number: int, work: Callable[[], None]) -> bool:
 
         write = os.write
         os.write = counted(lambda fd, data: write(fd, bytes(data[:1])))
-        for name in ("open", "fsync", "rename", "unlink"):
+        for name in ("open", "fchmod", "fsync", "rename", "unlink"):
             setattr(os, name, counted(getattr(os, name)))
         try:
             work()
@@ -78,9 +79,11 @@ def test_a_writer_killed_anywhere_leaves_the_old_content_or_the_new(path: Path, 
 
 def test_what_a_killed_writer_left_is_no_hindrance_to_the_next(path: Path) -> None:
     assert killed_at(3, lambda: write_atomic(str(path), OLD))
+    (left,) = path.parent.iterdir()
+    assert left.match(".a.json.*.tmp")
     write_atomic(str(path), NEW)
     assert path.read_bytes() == NEW
-    assert os.listdir(path.parent) == [path.name]
+    assert sorted(path.parent.iterdir()) == sorted([left, path])
 
 
 def test_the_file_is_synced_before_it_gets_its_name_and_the_directory_after(
@@ -112,13 +115,28 @@ def test_a_file_is_for_root_only_unless_said(path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o400
 
 
-@pytest.mark.xfail(reason="BUG: the mode of a half-written file of a killed writer is kept")
-def test_the_mode_is_right_even_when_a_temporary_file_is_there_already(path: Path) -> None:
-    temporary = path.parent / ".a.json.tmp"
-    temporary.touch()
-    temporary.chmod(0o644)
+def test_the_mode_is_as_said_whatever_the_umask(path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        write_atomic(str(path), NEW, mode=0o644)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.fixture
+def next_temporary(path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The name that the next writer would like for its temporary file."""
+    monkeypatch.setattr(tempfile, "_get_candidate_names", lambda: iter(["first", "second"]))
+    return path.parent / ".a.json.first.tmp"
+
+
+def test_a_temporary_file_that_is_there_already_is_not_used(path: Path, next_temporary: Path) -> None:
+    next_temporary.write_bytes(OLD)
+    next_temporary.chmod(0o644)
     write_atomic(str(path), NEW)
-    assert path.stat().st_mode & 0o777 == 0o600
+    assert (path.read_bytes(), path.stat().st_mode & 0o777) == (NEW, 0o600)
+    assert next_temporary.read_bytes() == OLD
 
 
 def test_an_empty_file_can_be_written(path: Path) -> None:
@@ -126,16 +144,37 @@ def test_an_empty_file_can_be_written(path: Path) -> None:
     assert path.read_bytes() == b""
 
 
-def test_no_link_is_followed(path: Path, tmp_path: Path) -> None:
+def test_no_link_is_followed(path: Path, tmp_path: Path, next_temporary: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_bytes(OLD)
     path.symlink_to(victim)
     write_atomic(str(path), NEW)
     assert (path.read_bytes(), victim.read_bytes()) == (NEW, OLD)
-    (tmp_path / ".a.json.tmp").symlink_to(victim)
-    with contextlib.suppress(StoragedError):
-        write_atomic(str(path), NEW)
+    next_temporary.symlink_to(victim)
+    write_atomic(str(path), NEW)
     assert victim.read_bytes() == OLD
+
+
+@pytest.mark.parametrize("old", [None, OLD])
+def test_what_is_not_wanted_any_more_is_dropped_without_a_trace(path: Path, old: bytes | None) -> None:
+    if old is not None:
+        path.write_bytes(old)
+    before = os.listdir(path.parent)
+    write_atomic(str(path), NEW, still_wanted=lambda: False)
+    assert os.listdir(path.parent) == before
+    assert old is None or path.read_bytes() == old
+
+
+def test_whether_it_is_still_wanted_is_asked_once_when_all_is_written(path: Path) -> None:
+    seen: list[bytes] = []
+
+    def still_wanted() -> bool:
+        seen.extend(left.read_bytes() for left in path.parent.iterdir())
+        return True
+
+    write_atomic(str(path), NEW, still_wanted=still_wanted)
+    assert seen == [NEW]
+    assert path.read_bytes() == NEW
 
 
 def test_removing_removes_and_is_no_error_when_there_is_nothing(path: Path) -> None:
@@ -159,17 +198,12 @@ def test_what_cannot_be_written_is_a_failure_with_a_hint_and_leaves_nothing(path
         remove_file(str(path))
 
 
-@pytest.mark.xfail(
-    raises=NotADirectoryError,
-    reason="BUG: removing the temporary file fails too, and that bare OSError gets out (as on a read-only disk)",
-)
 def test_so_is_a_directory_that_is_none(path: Path) -> None:
     path.touch()
     with pytest.raises(StoragedError):
         write_atomic(str(path / "b.json"), NEW)
 
 
-@pytest.mark.xfail(reason="BUG: both use one temporary file: what the first still writes lands in the second's file")
 def test_a_writer_that_hung_does_not_spoil_what_a_later_one_wrote(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when a put is given up at its deadline, and the next one comes through."""
     hangs, goes_on, write = threading.Event(), threading.Event(), os.write

@@ -6,8 +6,6 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 
-import pytest
-
 from storaged.supervisor.events import BACKLOG, Event, EventHub
 
 
@@ -88,7 +86,8 @@ def test_a_slow_watcher_keeps_as_many_as_there_is_room_for() -> None:
         for number in range(BACKLOG):
             hub.publish("a", "step", "", str(number))
         events = await read_all(watcher)
-        assert [event.message for event in events] == [str(number) for number in range(BACKLOG)]
+        # Compared as text: in CI, pytest would take minutes to tell two long lists apart.
+        assert " ".join(event.message for event in events) == " ".join(map(str, range(BACKLOG)))
 
     asyncio.run(run())
 
@@ -99,28 +98,28 @@ def test_a_watcher_that_is_too_slow_loses_the_oldest_and_is_told_even_if_it_watc
         watcher = await listening(hub, "a")
         for number in range(BACKLOG + 10):
             hub.publish("a", "step", "", str(number))
-        events = await read_all(watcher)
-        assert "lost" in {event.kind for event in events}
-        kept = [int(event.message) for event in events if event.kind == "step"]
-        assert kept == sorted(kept)
-        assert kept[-1] == BACKLOG + 9
-        assert kept[0] > 0
-        assert len(events) <= BACKLOG
+        lost, *kept = await read_all(watcher)
+        assert lost.kind == "lost"
+        assert " 10 " in lost.message
+        assert {event.kind for event in kept} == {"step"}
+        assert " ".join(event.message for event in kept) == " ".join(map(str, range(10, BACKLOG + 10)))
 
     asyncio.run(run())
 
 
-@pytest.mark.xfail(
-    reason="BUG: each event too many drops two and adds a 'lost' before the newest: half of the backlog is noise"
-)
-def test_a_slow_watcher_is_told_of_the_loss_where_it_was_and_once() -> None:
+def test_a_slow_watcher_is_told_of_each_loss_where_it_was_and_once() -> None:
     async def run() -> None:
         hub = EventHub()
         watcher = await listening(hub)
-        for number in range(3 * BACKLOG):
-            hub.publish("a", "step", "", str(number))
-        kinds = [event.kind for event in await read_all(watcher)]
-        assert kinds == ["lost"] + ["step"] * (BACKLOG - 1)
+        for extra in (2 * BACKLOG, 7):
+            for number in range(BACKLOG + extra):
+                hub.publish("a", "step", "", str(number))
+            lost, first = await read(watcher, 2)
+            assert (lost.kind, first.kind, first.message) == ("lost", "step", str(extra))
+            assert f" {extra} " in lost.message
+            assert {event.kind for event in await read(watcher, BACKLOG - 1)} == {"step"}
+        hub.publish("a", "step", "", "last")
+        assert [event.message for event in await read(watcher, 1)] == ["last"]
 
     asyncio.run(run())
 
@@ -146,6 +145,6 @@ def test_who_stops_watching_is_forgotten() -> None:
         await asyncio.sleep(0)
         task.cancel()
         await asyncio.wait({task})
-        assert not hub._queues
+        assert not hub._watchers
 
     asyncio.run(run())

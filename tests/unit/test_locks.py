@@ -67,7 +67,6 @@ def test_what_was_let_go_can_be_taken_and_names_its_new_holder(place: str, opene
     assert refused(place, exclusive=True).users == ("b",)
 
 
-@pytest.mark.xfail(reason="BUG: a reader does not write its name over that of an earlier writer")
 def test_a_reader_that_comes_after_a_writer_is_named_and_not_the_writer(place: str, opened: list[int]) -> None:
     os.close(take_lock(place, IDENTITY, exclusive=True, owner="gone"))
     take(place, opened, "reader", exclusive=False)

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from storaged.host.process import boot_id, find_by_argument, identify, kill, open_pidfd, reap
+from storaged.host.process import boot_id, find_by_arguments, identify, kill, open_pidfd, reap
 from storaged.model.record import ProcessIdentity
 
 
@@ -127,18 +127,22 @@ def test_one_that_is_not_our_child_is_not_ours_to_collect() -> None:
     os.close(pidfd)
 
 
-def test_a_process_is_found_by_exactly_its_argument(tmp_path: Path) -> None:
+def test_a_process_is_found_by_exactly_its_arguments_one_after_another(tmp_path: Path) -> None:
     argument = str(tmp_path / "volumes" / "a" / "qsd.pid")
     command = ["bash", "-c", "echo runs; read x", "qsd", "--pidfile", argument]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == b"runs\n"
-        assert find_by_argument(argument) == [known(child.pid)]
-        assert find_by_argument(argument[:-1]) == []
-        assert find_by_argument(f"{argument}x") == []
+        for words in ([argument], ["--pidfile", argument], ["qsd", "--pidfile", argument]):
+            assert find_by_arguments(*words) == [known(child.pid)]
+        for words in (
+            [argument[:-1]], [f"{argument}x"], ["--pidfile", argument[:-1]], ["--pidfile", f"{argument}x"],
+            ["pidfile", argument], ["qsd", argument], [argument, "--pidfile"], ["--pidfile", argument, ""],
+        ):
+            assert find_by_arguments(*words) == []
         child.kill()
         wait_for_zombie(child.pid)
-        assert find_by_argument(argument) == []
+        assert find_by_arguments("--pidfile", argument) == []
 
 
 def test_a_boot_has_an_identity() -> None:

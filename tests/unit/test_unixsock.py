@@ -71,17 +71,26 @@ def test_no_descriptor_is_left_open_nor_inherited(tmp_path: Path) -> None:
         assert not os.get_inheritable(listener.fileno())
         assert not os.get_inheritable(client.fileno())
     for nobody in (str(path), "/", str(tmp_path / "missing")):
-        with pytest.raises(OSError, match="refused|directory|No such"):
+        with pytest.raises(OSError, match=r"refused|directory|No such"):
             connect_unix(nobody)
-    with pytest.raises(OSError, match="No such|not permitted"):
+    with pytest.raises(OSError, match=r"No such|not permitted"):
         bind_unix("/proc/x", mode=0)
     assert os.listdir("/proc/self/fd") == before
 
 
-@pytest.mark.xfail(
-    reason="BUG: connect() blocks once the backlog of a hung QSD is full (its dead connections stay there), and with "
-    "it the event loop and every volume"
-)
+def test_a_full_backlog_is_an_error_at_once_and_a_connection_blocks_otherwise(tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    with bind_unix(path, mode=0o600), contextlib.ExitStack() as clients:
+        first = clients.enter_context(connect_unix(path))
+        assert first.getblocking()
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(64):  # with the first, as many as listen() takes and one
+            clients.enter_context(connect_unix(path))
+        with pytest.raises(BlockingIOError):
+            connect_unix(path)
+        assert len(os.listdir("/proc/self/fd")) == before + 64
+
+
 def test_a_qsd_that_accepts_nobody_does_not_hold_up_the_event_loop(tmp_path: Path) -> None:
     """Session.connect promises an answer at its deadline, however often a hung QSD was looked at before."""
     path = str(tmp_path / "qmp.sock")

@@ -1,0 +1,130 @@
+"""The documents say all that users can meet, and their links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from storaged.backends import BACKENDS
+from storaged.cli.parser import TRANSPORTS
+from storaged.errors import ErrorCode
+from storaged.model.config import Config, QsdConfig, parse_config
+from storaged.model.formats import Format
+from storaged.model.plan import Step
+from storaged.model.spec import COMMON_OPTIONS
+from storaged.model.states import State
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = (ROOT / "README.md").read_text()
+FAULTS = (ROOT / "docs/faults.md").read_text()
+EXAMPLE = (ROOT / "docs/storaged.toml.example").read_bytes()
+
+BACKEND_OPTIONS = {option for backend in BACKENDS.values() for option in backend.options}
+CONFIG_KEYS = [field.name for struct in (Config, QsdConfig) for field in msgspec.structs.fields(struct)]
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of all rows of all tables."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+
+
+def row_of(text: str, first: str) -> list[str]:
+    """The one row whose first cell names ``first`` as code."""
+    found = [cells for cells in rows(text) if re.match(rf"`{re.escape(first)}`", cells[0])]
+    assert len(found) == 1, f"{first}: {len(found)} rows"
+    return found[0]
+
+
+@pytest.mark.parametrize("code", ErrorCode)
+def test_every_code_is_explained_with_what_to_do(code: ErrorCode) -> None:
+    _, meaning, _cause, remedy = row_of(FAULTS, code)
+    assert meaning
+    assert remedy
+
+
+def test_no_code_is_explained_that_does_not_exist() -> None:
+    table = FAULTS.partition("## Codes")[2].partition("\n## ")[0]
+    assert {cells[0].strip("`") for cells in rows(table)[2:]} == {code.value for code in ErrorCode}
+
+
+@pytest.mark.parametrize("option", sorted(COMMON_OPTIONS.keys() | BACKEND_OPTIONS))
+def test_every_option_is_in_the_readme(option: str) -> None:
+    assert all(row_of(README, option))
+
+
+@pytest.mark.parametrize("format", Format)
+def test_every_format_is_in_the_readme(format: Format) -> None:
+    assert row_of(README, format)[1]
+
+
+@pytest.mark.parametrize("transport", [name for name in TRANSPORTS if name != "auto"])
+def test_every_transport_says_in_the_readme_what_it_survives(transport: str) -> None:
+    assert all(row_of(README, transport))
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_every_backend_is_in_the_readme(backend: str) -> None:
+    assert f"`{backend}:PATH`" in README
+
+
+@pytest.mark.parametrize("key", [key for key in CONFIG_KEYS if key != "qsd"])
+def test_every_key_of_the_configuration_is_in_the_readme_and_in_the_example(key: str) -> None:
+    assert all(row_of(README, key))
+    assert re.search(rf"^(# )?{key} = ", EXAMPLE.decode(), re.MULTILINE)
+
+
+def test_the_example_is_the_default_configuration() -> None:
+    assert parse_config(EXAMPLE, "the example") == Config()
+
+
+def test_what_the_example_has_as_comments_can_be_used() -> None:
+    everything = re.sub(rb"^# (\w+ = )", rb"\1", EXAMPLE, flags=re.MULTILINE)
+    config = parse_config(everything, "the example")
+    assert all(getattr(config, key) is not None for key in CONFIG_KEYS if key != "binary")
+
+
+def test_the_states_and_steps_are_those_of_the_code() -> None:
+    text = (ROOT / "docs/architecture.md").read_text()
+    states = text.partition("## States")[2].partition("\n## ")[0]
+    assert all(f"`{state}" in states for state in State)
+    assert all(f"`{step}`" in text for step in Step)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_within_the_checkout_resolve(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = document.parent / path if path else document
+        assert file.exists(), target
+        if anchor:
+            assert anchor in anchors(file.read_text()), target
+
+
+def anchors(text: str) -> set[str]:
+    """The names by which a document's headings can be linked to."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_modules_that_are_named_are_there(document: Path) -> None:
+    for name in re.findall(r"`((?:\w+/)+\w+\.py)`", document.read_text()):
+        assert (ROOT / name).exists() or (ROOT / "storaged" / name).exists(), name
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_lines_fit_on_a_screen(document: Path) -> None:
+    assert [line for line in document.read_text().splitlines() if len(line) > 120] == []
+
+
+def test_the_demo_is_a_program_that_bash_can_parse() -> None:
+    demo = ROOT / "scripts/demo"
+    assert demo.stat().st_mode & 0o111
+    subprocess.run(["bash", "-n", str(demo)], check=True, timeout=30)
