@@ -6,19 +6,21 @@ import contextlib
 import errno
 import os
 import tempfile
-from collections.abc import Callable
 
 from storaged.errors import ErrorCode, StoragedError
 
 
-def write_atomic(
-    path: str, data: bytes, *, mode: int = 0o600, still_wanted: Callable[[], bool] = lambda: True
-) -> None:
+def write_atomic(path: str, data: bytes, *, mode: int = 0o600) -> None:
     """Replace ``path`` by ``data``; after a crash it holds the old content or the new, never a part.
 
-    ``still_wanted`` is asked right before the rename: False drops the new content. Raises NO_SPACE on a full
-    disk or quota, INTERNAL on any other I/O error; nothing is left behind but, after a crash, a file .NAME.*.tmp.
+    Raises NO_SPACE on a full disk or quota, INTERNAL on any other I/O error; nothing is left behind but, after a
+    crash, a file .NAME.*.tmp.
     """
+    commit(write_aside(path, data, mode=mode), path)
+
+
+def write_aside(path: str, data: bytes, *, mode: int = 0o600) -> str:
+    """Write ``data`` durably beside ``path``, for ``commit``, and return where. Raises as write_atomic."""
     directory, base = os.path.split(path)
     temporary = None
     try:
@@ -32,16 +34,27 @@ def write_atomic(
             os.fsync(fd)
         finally:
             os.close(fd)
-        if still_wanted():
-            os.rename(temporary, path)
-        else:
-            os.unlink(temporary)
-        sync_directory(directory)
     except OSError as error:
         if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+            discard(temporary)
         raise state_error(path, error) from error
+    return temporary
+
+
+def commit(temporary: str, path: str) -> None:
+    """Let what ``write_aside`` wrote take the place of ``path``. Raises as write_atomic."""
+    try:
+        os.rename(temporary, path)
+        sync_directory(os.path.dirname(path))
+    except OSError as error:
+        discard(temporary)
+        raise state_error(path, error) from error
+
+
+def discard(temporary: str) -> None:
+    """Drop what ``write_aside`` wrote; never fails."""
+    with contextlib.suppress(OSError):
+        os.unlink(temporary)
 
 
 def remove_file(path: str) -> None:

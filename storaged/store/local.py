@@ -7,11 +7,12 @@ import itertools
 import os
 import threading
 import time
+from collections.abc import Iterator
 
 import msgspec
 
 from storaged.errors import StoragedError
-from storaged.host.atomic import remove_file, sync_directory, write_atomic
+from storaged.host.atomic import commit, discard, remove_file, sync_directory, write_aside
 from storaged.model.names import check_name
 from storaged.model.spec import Desired
 from storaged.store.base import Damaged, Loaded
@@ -24,7 +25,8 @@ class LocalStore:
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
-        self._lock = threading.Lock()
+        self._guard = threading.Lock()
+        self._locks: dict[str, threading.Lock] = {}
         self._begun = itertools.count(1)
         self._done: dict[str, int] = {}
 
@@ -59,21 +61,31 @@ class LocalStore:
 
     def put(self, desired: Desired) -> None:
         """Write NAME.json atomically. A put that hung is dropped when a later put or delete came before it."""
-        name, turn = desired.spec.name, next(self._begun)
-        data = msgspec.json.format(msgspec.json.encode(desired))
-        write_atomic(self._path(name), data, still_wanted=lambda: self._is_next(name, turn))
+        path, turn = self._path(desired.spec.name), next(self._begun)
+        temporary = write_aside(path, msgspec.json.format(msgspec.json.encode(desired)))
+        with self._in_turn(desired.spec.name, turn) as wanted:
+            if wanted:
+                commit(temporary, path)
+            else:
+                discard(temporary)
 
     def delete(self, name: str) -> None:
-        """Remove NAME.json."""
-        self._is_next(name, next(self._begun))
-        remove_file(self._path(name))
+        """Remove NAME.json, unless a later put or delete came before this one."""
+        path, turn = self._path(name), next(self._begun)
+        with self._in_turn(name, turn) as wanted:
+            if wanted:
+                remove_file(path)
 
-    def _is_next(self, name: str, turn: int) -> bool:
-        with self._lock:
-            if self._done.get(name, 0) > turn:
-                return False
-            self._done[name] = turn
-            return True
+    @contextlib.contextmanager
+    def _in_turn(self, name: str, turn: int) -> Iterator[bool]:
+        """Hold the lock of one entry, and say whether nothing later was done to it."""
+        with self._guard:
+            lock = self._locks.setdefault(name, threading.Lock())
+        with lock:
+            wanted = self._done.get(name, 0) < turn
+            yield wanted
+            if wanted:
+                self._done[name] = turn
 
     def _path(self, name: str) -> str:
         return os.path.join(self._directory, check_name(name) + _SUFFIX)

@@ -127,7 +127,8 @@ class Manager:
         except Exception:
             # The edge of an actor: a bug in one must not end the others. Its QSD and device go on working.
             log.exception("the actor of volume %s ended; restart storaged to adopt it again", name)
-            return
+            if not volume.ended:
+                return
         if self._volumes.get(name) is volume:
             del self._volumes[name]
             del self._actors[name]
@@ -139,11 +140,13 @@ class Manager:
         environment, layout = self.environment, self.environment.layout
         self._forget_former_boot()
         found: dict[str, Desired] = {}
+        unknown: set[str] = set()
         for store in (environment.persistent, environment.volatile):
             loaded = store.load()
             found.update(loaded.volumes)
             for damaged in loaded.damaged:
                 self._report(damaged)
+                unknown.add(damaged.name)
                 record = self._record_of(damaged.name)
                 if record is not None:
                     log.warning("volume %s goes on from its record", damaged.name)
@@ -159,6 +162,10 @@ class Manager:
                 continue
             record = self._record_of(name)
             spec = record.spec if record else VolumeSpec(name=name, source="unknown")
+            if name in unknown:
+                # It may well be wanted: nothing of it is thrown away before the user says so.
+                found[name] = Desired(spec=spec)
+                continue
             log.warning("volume %s: nobody wants what is left of it; it is taken away unless it is used", name)
             found[name] = Desired(spec=spec, wanted="absent")
         return [found[name] for name in sorted(found)]

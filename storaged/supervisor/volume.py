@@ -63,6 +63,7 @@ class Volume:
         self._environment = environment
         self._inbox: asyncio.Queue[_Request | None] = asyncio.Queue()
         self._current: asyncio.Task[None] | None = None
+        self._serving: _Request | None = None
         self._fresh = fresh
         self._was_online = False
         self._step: Step | None = None
@@ -118,18 +119,27 @@ class Volume:
                 await self._serve(_Request(self._adopt, self._environment.config.attach_timeout, _nobody()))
             self._running = True
             while not self.ended:
-                await self._serve(await self._next())
+                self._serving = await self._next()
+                await self._serve(self._serving)
+                self._serving = None
         finally:
             self._over = True
             await self.attachment.leave()
+            if self._serving is not None:
+                self._answer_in_vain(self._serving)
             while not self._inbox.empty():
                 request = self._inbox.get_nowait()
-                if request is None or request.done.done():
-                    continue
-                if request.gone_is_fine:
-                    request.done.set_result(None)
-                else:
-                    request.done.set_exception(self._nothing_left())
+                if request is not None:
+                    self._answer_in_vain(request)
+
+    def _answer_in_vain(self, request: _Request) -> None:
+        """The actor is over: tell who still waits."""
+        if request.done.done():
+            return
+        if request.gone_is_fine and self.ended:
+            request.done.set_result(None)
+        else:
+            request.done.set_exception(self._nothing_left())
 
     async def _next(self) -> _Request:
         """Wait for a request, a death (None in the inbox), or the time to look."""

@@ -11,8 +11,7 @@ import pytest
 
 from storaged.errors import ErrorCode
 from storaged.model.plan import Step
-
-from .harness import Daemon, error_of, eventually, image, leftovers, mounted, reads, run, writes
+from tests.harness import Daemon, error_of, eventually, image, leftovers, mounted, reads, run, writes
 
 PATTERN = b"storaged" * 8192
 

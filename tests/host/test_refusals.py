@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from storaged.errors import ErrorCode, StoragedError
-
-from .harness import Daemon, error_of, eventually, image, leftovers, luks_image, mounted, run
+from tests.harness import Daemon, error_of, eventually, image, leftovers, luks_image, mounted, run
 
 
 def refuses(daemon: Daemon, code: ErrorCode, source: object, name: str = "a", **wishes: object) -> StoragedError:

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from storaged.errors import ErrorCode
-
-from .harness import Daemon, error_of, eventually, image, leftovers, reads, run, writes
+from tests.harness import Daemon, error_of, eventually, image, leftovers, reads, run, writes
 
 PATTERN = b"changed!" * 8192
 
@@ -148,3 +147,31 @@ def test_a_full_disk_under_the_overlay_is_an_error_of_the_device_only(stopped: D
         stopped.stop()
     finally:
         run("umount", state)
+
+
+def test_the_overlay_of_a_volume_whose_entry_is_damaged_is_kept_until_the_user_detaches(
+    daemon: Daemon, place: Path
+) -> None:
+    source = image(place / "base.raw", "raw")
+    device = daemon.device("a", source, snapshot=True, persist=True)
+    writes(device, 0, PATTERN)
+    overlay = Path(str(daemon.show("a")["overlay"]))
+    qsd = daemon.qsd("a")
+    daemon.kill()
+    run("losetup", "-d", device)
+    os.kill(qsd, signal.SIGKILL)
+    run("umount", "-l", Path(daemon.layout.volume_dir("a")) / "disk")
+    (Path(daemon.layout.run_dir) / "boot_id").write_text("another boot")
+    entry = Path(daemon.layout.desired_persistent) / "a.json"
+    good = entry.read_text()
+    entry.write_text(good[:50])
+    daemon.start()
+    eventually(lambda: daemon.show("a")["state"] == "failed", "it says that it cannot come up")
+    assert overlay.exists()
+    daemon.kill()
+    entry.write_text(good)  # the administrator mends it
+    for aside in entry.parent.glob("*.damaged-*"):
+        aside.unlink()
+    daemon.start()
+    eventually(lambda: daemon.online("a"), "attached again")
+    assert reads(str(daemon.show("a")["device"]), 0, len(PATTERN)) == PATTERN

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from storaged.host.unixsock import connect_unix
-
-from .harness import Daemon, eventually, image, run
+from tests.harness import Daemon, eventually, image, run
 
 TOP = Path(__file__).parents[2]
 
@@ -104,7 +103,8 @@ def ask(connection: socket.socket, message: object) -> dict[str, object]:
         ({"method": "io.storaged.Show", "parameters": {"name": 7}}, "org.varlink.service.InvalidParameter"),
         ({"method": "io.storaged.Show", "parameters": {"name": "a", "x": 1}}, "org.varlink.service.InvalidParameter"),
         ({"method": "io.storaged.Watch", "parameters": {}}, "org.varlink.service.ExpectedMore"),
-        ({"method": "io.storaged.Attach", "parameters": {"name": "../x", "source": "/x"}}, "io.storaged.InvalidArgument"),
+        ({"method": "io.storaged.Attach", "parameters": {"name": "../x", "source": "/x"}},
+         "io.storaged.InvalidArgument"),
         ({"method": "io.storaged.Attach", "parameters": {"name": "a", "source": "/x", "timeout": 0}},
          "io.storaged.InvalidArgument"),
     ],

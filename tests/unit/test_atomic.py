@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from storaged.errors import ErrorCode, StoragedError
-from storaged.host.atomic import remove_file, write_atomic
+from storaged.host.atomic import commit, discard, remove_file, write_aside, write_atomic
 
 OLD, NEW = b"old, and rather long", b"new"
 
@@ -156,25 +156,22 @@ def test_no_link_is_followed(path: Path, tmp_path: Path, next_temporary: Path) -
 
 
 @pytest.mark.parametrize("old", [None, OLD])
-def test_what_is_not_wanted_any_more_is_dropped_without_a_trace(path: Path, old: bytes | None) -> None:
+def test_what_is_discarded_leaves_no_trace(path: Path, old: bytes | None) -> None:
     if old is not None:
         path.write_bytes(old)
     before = os.listdir(path.parent)
-    write_atomic(str(path), NEW, still_wanted=lambda: False)
+    discard(write_aside(str(path), NEW))
     assert os.listdir(path.parent) == before
     assert old is None or path.read_bytes() == old
 
 
-def test_whether_it_is_still_wanted_is_asked_once_when_all_is_written(path: Path) -> None:
-    seen: list[bytes] = []
-
-    def still_wanted() -> bool:
-        seen.extend(left.read_bytes() for left in path.parent.iterdir())
-        return True
-
-    write_atomic(str(path), NEW, still_wanted=still_wanted)
-    assert seen == [NEW]
+def test_what_is_written_aside_counts_from_its_commit_on(path: Path) -> None:
+    path.write_bytes(OLD)
+    temporary = write_aside(str(path), NEW)
+    assert path.read_bytes() == OLD
+    commit(temporary, str(path))
     assert path.read_bytes() == NEW
+    assert os.listdir(path.parent) == [path.name]
 
 
 def test_removing_removes_and_is_no_error_when_there_is_nothing(path: Path) -> None:

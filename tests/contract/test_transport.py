@@ -1,0 +1,128 @@
+"""What every transport that gives a host device promises; a new one has to keep all of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from storaged.transports import TRANSPORTS
+from tests.harness import Daemon, as_json, eventually, image, leftovers, mounted, reads, run, writes
+
+PATTERN = bytes(range(256)) * 256
+
+
+@pytest.fixture(params=sorted(TRANSPORTS))
+def transport(request: pytest.FixtureRequest) -> str:
+    """Each of them."""
+    return str(request.param)
+
+
+def test_a_filesystem_on_an_attached_qcow2_is_in_the_image_after_detach(
+    daemon: Daemon, place: Path, transport: str
+) -> None:
+    source = image(place / "a.qcow2", size="256M")
+    device = daemon.device("a", source, format="qcow2", transport=transport)
+    run("mkfs.ext4", "-q", device)
+    with mounted(device, place / "mnt") as directory:
+        (directory / "file").write_bytes(PATTERN * 64)
+    run("fsck.ext4", "-fn", device)
+    daemon.detach("a")
+    assert not os.path.exists(daemon.layout.link("a"))
+    assert leftovers(daemon.root) == []
+    run("qemu-img", "check", source)
+    # Read back without storaged: another QSD export of the same image.
+    raw = place / "a.raw"
+    run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", source, raw)
+    with mounted(str(raw), place / "mnt", "-o", "ro,loop") as directory:
+        assert (directory / "file").read_bytes() == PATTERN * 64
+
+
+def test_a_read_only_volume_cannot_be_written_to(daemon: Daemon, place: Path, transport: str) -> None:
+    source = image(place / "a.raw", "raw")
+    before = source.read_bytes()
+    device = daemon.device("a", source, read_only=True, transport=transport)
+    assert run("blockdev", "--getro", device).stdout.strip() == "1"
+    with pytest.raises(PermissionError):
+        writes(device, 0, b"x" * 512)
+    daemon.detach("a")
+    assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize("size", [512, 4096])
+def test_the_logical_block_size_is_carried_through(daemon: Daemon, place: Path, transport: str, size: int) -> None:
+    source = image(place / "a.raw", "raw")
+    device = daemon.device("a", source, options={"logical-block-size": str(size)}, transport=transport)
+    assert run("blockdev", "--getss", device).stdout.strip() == str(size)
+    assert daemon.show("a")["logical_block_size"] == size
+
+
+def test_discard_frees_room_in_the_image(daemon: Daemon, place: Path, transport: str) -> None:
+    source = image(place / "a.raw", "raw")
+    device = daemon.device("a", source, transport=transport)
+    writes(device, 0, os.urandom(16 << 20))
+    full = source.stat().st_blocks
+    run("blkdiscard", device)
+    daemon.detach("a")
+    assert source.stat().st_blocks < full / 4
+
+
+def test_a_flush_reaches_the_image_while_the_volume_is_attached(daemon: Daemon, place: Path, transport: str) -> None:
+    source = image(place / "a.raw", "raw")
+    writes(daemon.device("a", source, transport=transport), 4096, PATTERN)
+    with open(source, "rb") as file:
+        file.seek(4096)
+        assert file.read(len(PATTERN)) == PATTERN
+
+
+@pytest.mark.parametrize(("format", "how"), [("raw", "cli"), ("qcow2", "api")])
+def test_resize_grows_image_and_device_while_it_is_mounted(
+    daemon: Daemon, place: Path, transport: str, format: str, how: str
+) -> None:
+    source = image(place / "a", format)
+    device = daemon.device("a", source, format=format, transport=transport)
+    run("mkfs.ext4", "-q", device)
+    with mounted(device, place / "mnt") as directory:
+        (directory / "file").write_bytes(PATTERN)
+        if how == "cli":
+            daemon.cli("resize", "a", "128M")
+        else:
+            assert daemon.call("Resize", name="a", size=128 << 20)["volume"]["size"] == 128 << 20
+        assert run("blockdev", "--getsize64", device).stdout.strip() == str(128 << 20)
+    run("fsck.ext4", "-fn", device)
+    run("resize2fs", device)
+    with mounted(device, place / "mnt") as directory:
+        assert (directory / "file").read_bytes() == PATTERN
+    daemon.detach("a")
+    assert as_json(run("qemu-img", "info", "-f", format, "--output=json", source).stdout)["virtual-size"] == 128 << 20
+
+
+def test_what_is_written_under_load_is_what_is_read(daemon: Daemon, place: Path, transport: str) -> None:
+    device = daemon.device("a", image(place / "a.qcow2", size="256M"), format="qcow2", transport=transport)
+    run(
+        "fio", "--name=verify", f"--filename={device}", "--rw=randrw", "--bs=4k-64k", "--size=200M", "--direct=1",
+        "--ioengine=libaio", "--iodepth=32", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0",
+        "--io_size=400M", "--output-format=terse",
+    )
+
+
+def test_the_next_daemon_takes_the_device_over(daemon: Daemon, place: Path, transport: str) -> None:
+    source = image(place / "a.qcow2")
+    before = daemon.attach("a", source, format="qcow2", transport=transport)
+    writes(str(before["device"]), 0, PATTERN)
+    daemon.kill()
+    daemon.start()
+    eventually(lambda: daemon.online("a"), "adopted")
+    after = daemon.show("a")
+    for key in ("device", "qsd_pid", "size"):
+        assert after[key] == before[key]
+    assert after["transport"] == transport
+    assert reads(str(after["device"]), 0, len(PATTERN)) == PATTERN
+
+
+def test_a_dead_qsd_is_replaced(daemon: Daemon, place: Path, transport: str) -> None:
+    writes(daemon.device("a", image(place / "a.raw", "raw"), transport=transport), 0, PATTERN)
+    former = daemon.kill_qsd("a")
+    eventually(lambda: daemon.replaced("a", former), "replaced")
+    assert reads(str(daemon.show("a")["device"]), 0, len(PATTERN)) == PATTERN
