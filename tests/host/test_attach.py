@@ -28,13 +28,6 @@ FORMATS = ["raw", "qcow2", "qed", "vmdk", "vdi", "vhdx", "vpc", "parallels", "qc
 PATTERN = bytes(range(256)) * 256
 
 
-def qsd_version() -> tuple[int, int, int]:
-    """The installed QSD's version."""
-    version = parse_version(run("qemu-storage-daemon", "--version").stdout)
-    assert version is not None
-    return version
-
-
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_format_gives_a_device_that_keeps_what_is_written(daemon: Daemon, place: Path, format: str) -> None:
     source, wishes = place / "image", {}
@@ -45,11 +38,6 @@ def test_every_format_gives_a_device_that_keeps_what_is_written(daemon: Daemon, 
         wishes = {"options": {"key-file": str(key)}}
     else:
         image(source, format)
-    if format == "qcow" and qsd_version() >= (10, 0, 0):
-        error = error_of(lambda: daemon.attach("a", source, format=format))
-        assert error.code is ErrorCode.UNSUPPORTED
-        assert "qemu-img convert" in error.hint
-        return
     device = daemon.device("a", source, format=format, **wishes)
     writes(device, 1 << 20, PATTERN)
     daemon.detach("a")
@@ -108,9 +96,7 @@ def test_a_host_block_device_can_be_attached_and_is_claimed_meanwhile(daemon: Da
         device = daemon.device("a", lower)
         assert reads(device, 1080, 2) == b"\x53\xef"  # the magic of ext4
         (place / "mnt").mkdir()
-        refused = run("mount", lower, place / "mnt", check=False)
-        assert refused.returncode != 0
-        assert "busy" in refused.stderr or "already mounted" in refused.stderr
+        assert run("mount", lower, place / "mnt", check=False).returncode != 0
         daemon.detach("a")
         with mounted(lower, place / "mnt"):
             error = error_of(lambda: daemon.attach("a", f"host_device:{lower}"))
