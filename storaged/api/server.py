@@ -14,12 +14,13 @@ from asyncvarlink import (
     VarlinkInterfaceRegistry,
     VarlinkInterfaceServerProtocol,
     VarlinkMethodCall,
+    VarlinkMethodReply,
     VarlinkTransport,
     varlinkmethod,
 )
 from asyncvarlink.serviceerrors import PermissionDenied
 from asyncvarlink.serviceinterface import VarlinkServiceInterface
-from asyncvarlink.types import FileDescriptorArray
+from asyncvarlink.types import FileDescriptorArray, JSONObject
 
 from storaged import __version__
 from storaged.api import interface
@@ -35,6 +36,14 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _SO_PEERGROUPS = 59
+#: Seconds without accepting after an accept that failed.
+_ACCEPT_PAUSE = 1.0
+#: Bytes that a request may have.
+_LONGEST_MESSAGE = 1 << 20
+#: Streams that one connection may have.
+_MOST_STREAMS = 16
+#: Replies that may wait for one client before its next request is read.
+_MOST_REPLIES = 16
 #: Bytes: what Python can ask for at most, 256 groups. A peer with more of them is not found in any.
 _GROUPS_SIZE = 1024
 _ERRORS: dict[ErrorCode, type[TypedVarlinkErrorReply]] = {
@@ -157,7 +166,7 @@ class Service(interface.StoragedInterface):
             link=layout.link(spec.name) if volume.seen.linked else None,
             size=(record.size or None) if record else None,
             logical_block_size=spec.logical_block_size if record else None,
-            qsd_pid=record.process.pid if record and record.process and volume.attachment.alive else None,
+            qsd_pid=record.process.pid if record and record.process and volume.attachment.qsd.alive else None,
             qsd_version=(record.qsd_version or None) if record else None,
             overlay=record.overlay if record else None,
             failure=None if volume.failure is None else interface.Failure(
@@ -181,16 +190,67 @@ class _Protocol(VarlinkInterfaceServerProtocol):
 
     def __init__(self, registry: VarlinkInterfaceRegistry, *, permitted: bool) -> None:
         super().__init__(registry)
+        self._interfaces = registry
         self._permitted = permitted
         self._streams: set[asyncio.Future[None]] = set()
+        self._replies = 0
+        self._drained = asyncio.Event()
+        self._unfinished = 0
+
+    def message_received(self, data: bytes, fds: FileDescriptorArray | None) -> None:
+        self._unfinished = 0 if b"\0" in data else self._unfinished + len(data)
+        if self._unfinished > _LONGEST_MESSAGE:
+            log.warning("a client sends a message without an end: its connection is closed")
+            self.close()
+            return
+        try:
+            super().message_received(data, fds)
+        except (RecursionError, ValueError) as error:
+            log.warning("a client sends what is no message (%s): its connection is closed", error)
+            self.close()
+
+    def send_reply(
+        self, reply: VarlinkMethodReply, fds: list[int] | None = None, autoclose: bool = True
+    ) -> asyncio.Future[None]:
+        future = super().send_reply(reply, fds, autoclose)
+        self._replies += 1
+        future.add_done_callback(self._reply_sent)
+        return future
+
+    def _reply_sent(self, _future: asyncio.Future[None]) -> None:
+        self._replies -= 1
+        if self._replies <= _MOST_REPLIES:
+            self._drained.set()
+
+    def request_received(self, obj: JSONObject, fds: FileDescriptorArray | None) -> asyncio.Future[None] | None:
+        future: asyncio.Future[None] | None = super().request_received(obj, fds)
+        if self._replies <= _MOST_REPLIES:
+            return future
+        # Backpressure: who does not read replies is not read from either.
+        return asyncio.ensure_future(self._until_drained(future))
+
+    async def _until_drained(self, future: asyncio.Future[None] | None) -> None:
+        if future is not None:
+            await future
+        while self._replies > _MOST_REPLIES:
+            self._drained.clear()
+            await self._drained.wait()
 
     def call_received(
         self, call: VarlinkMethodCall, fds: FileDescriptorArray | None
     ) -> asyncio.Future[None] | None:
         if not self._permitted:
             raise PermissionDenied()
+        streams = self._interfaces.lookup_method(call)[1].more
+        if streams and len(self._streams) >= _MOST_STREAMS:
+            raise _reply_of(
+                StoragedError(
+                    ErrorCode.INVALID_ARGUMENT, f"more than {_MOST_STREAMS} streams on one connection",
+                    hint="one Watch without a name tells everything",
+                )
+            )
         future: asyncio.Future[None] | None = super().call_received(call, fds)
-        if future is None or not call.more:
+        if future is None or not streams:
             return future
         # Returning the future would stop reading from the client until the stream ends, and so the end of the
         # client would not be seen.
@@ -248,7 +308,11 @@ class Server:
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
             return
         except OSError as error:
-            log.error("cannot accept a client: %s", error)
+            # Out of descriptors, for example: the client stays in the backlog, and the loop must not spin.
+            log.error("cannot accept a client for now: %s", error)
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self._listener)
+            loop.call_later(_ACCEPT_PAUSE, self._accept_again)
             return
         try:
             permitted = self._is_permitted(connection)
@@ -257,10 +321,17 @@ class Server:
             return
         connection.setblocking(False)
         transport = VarlinkTransport(
-            asyncio.get_running_loop(), connection, connection, _Protocol(self._registry, permitted=permitted)
+            asyncio.get_running_loop(), connection, connection, _Protocol(self._registry, permitted=permitted),
+            # No descriptors are passed, so messages need not be received one by one. And with a predictor, asyncvarlink
+            # 0.3.3 reads until nothing is left: a client that is always faster would have the daemon for itself.
+            boundary_predictor=None,
         )
         self._clients.add(transport)
         transport.closed_future.add_done_callback(lambda _: self._clients.discard(transport))
+
+    def _accept_again(self) -> None:
+        if self._listener.fileno() >= 0:
+            asyncio.get_running_loop().add_reader(self._listener, self._accept)
 
     def _is_permitted(self, connection: socket.socket) -> bool:
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))

@@ -29,6 +29,11 @@ class BlockingCalls:
         self._owner = owner
         self._abandoned = 0
 
+    @property
+    def stuck(self) -> int:
+        """Calls that were given up and have not ended yet."""
+        return self._abandoned
+
     async def __call__(
         self, what: str, timeout: float, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
     ) -> R:

@@ -72,6 +72,21 @@ def _sign(fd: int, owner: str) -> None:
     os.pwrite(fd, f"{owner}\n".encode(), 0)
 
 
+def refuse_claimed(path: str) -> None:
+    """Raise SOURCE_IN_USE where somebody has mounted or claimed a block device that shall only be read.
+
+    What is read while somebody else writes to it is neither the old state nor the new one.
+    """
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise _claimed(path, error) from error
+        raise StoragedError(
+            ErrorCode.OPEN_FAILED, f"cannot open {path}", cause=error.strerror or "", hint="check the device"
+        ) from error
+
+
 def claim_block_device(path: str) -> int:
     """Return an O_EXCL descriptor of a block device: while any process has it, nobody can mount or claim it.
 
@@ -81,11 +96,15 @@ def claim_block_device(path: str) -> int:
         return os.open(path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC)
     except OSError as error:
         if error.errno == errno.EBUSY:
-            raise StoragedError(
-                ErrorCode.SOURCE_IN_USE, f"the block device {path} is in use", cause=error.strerror or "",
-                hint="it is mounted, swapped on, or held by device-mapper or md; see lsblk and fuser",
-            ) from error
+            raise _claimed(path, error) from error
         raise StoragedError(
             ErrorCode.OPEN_FAILED, f"cannot open {path} for writing", cause=error.strerror or "",
             hint="attach it with --read-only if it cannot be written to",
         ) from error
+
+
+def _claimed(path: str, error: OSError) -> StoragedError:
+    return StoragedError(
+        ErrorCode.SOURCE_IN_USE, f"the block device {path} is in use", cause=error.strerror or "",
+        hint="it is mounted, swapped on, or held by device-mapper or md; see lsblk and fuser",
+    )

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import threading
 import time
 from dataclasses import dataclass
 
@@ -152,6 +153,11 @@ def find_by_backing(backing: str) -> list[LoopDevice]:
     ]
 
 
+def is_read_only(path: str) -> bool:
+    """Whether the kernel refuses writes to this device."""
+    return _sysfs(path, "ro") == "1"
+
+
 def device_size(path: str) -> int | None:
     """Return the size in bytes, None when there is no such device."""
     text = _sysfs(path, "size")
@@ -182,11 +188,12 @@ def update_size(path: str) -> None:
         os.close(fd)
 
 
-def release(device: LoopDevice, *, read_only: bool) -> None:
+def release(device: LoopDevice, *, read_only: bool, given_up: threading.Event) -> None:
     """Take a loop device away that nobody uses; data is flushed first.
 
     Refuses with DEVICE_IN_USE, the device as it was, when it is mounted, swapped on, held, or open anywhere.
-    FLUSH_FAILED when what was written cannot be brought to the image. No error when it is gone already.
+    FLUSH_FAILED when what was written cannot be brought to the image. No error when it is gone already. A flush may
+    hang; when it ends after ``given_up`` was set, the device is left as it is.
     """
     deadline = time.monotonic() + _PROBE_PATIENCE
     while True:
@@ -196,6 +203,8 @@ def release(device: LoopDevice, *, read_only: bool) -> None:
         try:
             if not read_only:
                 _flush(fd, device.path)
+            if given_up.is_set():
+                return
             fcntl.ioctl(fd, _LOOP_CLR_FD)
         except OSError as error:
             if error.errno == errno.ENXIO:
@@ -204,7 +213,7 @@ def release(device: LoopDevice, *, read_only: bool) -> None:
         finally:
             # The last close is what detaches: synchronously, when nobody else has it open.
             os.close(fd)
-        if not _is_bound(device):
+        if not is_bound(device):
             return
         # Somebody opened it without O_EXCL. LOOP_CLR_FD now means "at the last close": take that back.
         _clear_autoclear(device)
@@ -218,7 +227,7 @@ def release_by_force(device: LoopDevice) -> list[str]:
 
     Returns who still uses it. Writes to nothing and waits for nothing.
     """
-    if not _is_bound(device):
+    if not is_bound(device):
         return []
     try:
         fd = os.open(device.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -231,14 +240,14 @@ def release_by_force(device: LoopDevice) -> list[str]:
             raise
     finally:
         os.close(fd)
-    return device_users(device.path) if _is_bound(device) else []
+    return device_users(device.path) if is_bound(device) else []
 
 
 def flush(device: LoopDevice) -> None:
     """Bring what was written to the device into the image (fsync(2)). May block; raises FLUSH_FAILED."""
     fd = os.open(device.path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        if _is_bound(device):
+        if is_bound(device):
             _flush(fd, device.path)
     finally:
         os.close(fd)
@@ -257,7 +266,7 @@ def _flush(fd: int, path: str) -> None:
 
 def _open_alone(device: LoopDevice, *, read_only: bool, deadline: float) -> int | None:
     """Return an O_EXCL descriptor: while it is held, nobody can mount or claim the device. None: it is gone."""
-    while _is_bound(device):
+    while is_bound(device):
         try:
             return os.open(device.path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_EXCL | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -281,7 +290,8 @@ def _in_use(path: str, users: list[str] | None = None) -> StoragedError:
     )
 
 
-def _is_bound(device: LoopDevice) -> bool:
+def is_bound(device: LoopDevice) -> bool:
+    """Whether it is still set up, and by nobody else since."""
     return backing_file(device.path) is not None and diskseq(device.path) == device.diskseq
 
 
@@ -291,7 +301,7 @@ def _clear_autoclear(device: LoopDevice) -> None:
     except OSError:
         return
     try:
-        if not _is_bound(device):
+        if not is_bound(device):
             return
         info = _Info64()
         fcntl.ioctl(fd, _LOOP_GET_STATUS64, info)

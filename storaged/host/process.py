@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 
 from storaged.model.record import ProcessIdentity
 
@@ -80,6 +81,21 @@ def find_by_arguments(*wanted: str) -> list[ProcessIdentity]:
             process = identify(int(entry))
             if process is not None:
                 found.append(process)
+    return found
+
+
+def open_files(pid: int) -> set[tuple[int, int, int]]:
+    """Return (device, inode, number of the block device or 0) of each file and block device a process has open."""
+    found = set()
+    directory = f"/proc/{pid}/fd"
+    for descriptor in os.listdir(directory):
+        try:
+            if os.readlink(f"{directory}/{descriptor}").startswith("/"):
+                seen = os.stat(f"{directory}/{descriptor}")
+                number = seen.st_rdev if stat.S_ISBLK(seen.st_mode) else 0
+                found.add((seen.st_dev, seen.st_ino, number))
+        except FileNotFoundError:
+            continue
     return found
 
 

@@ -65,6 +65,21 @@ class Step(StrEnum):
     REMOVE = "remove"
 
 
+#: What a step does, for people.
+DOING = {
+    Step.CLEAR: "clearing what a dead export left",
+    Step.START: "starting qemu-storage-daemon",
+    Step.OPEN: "opening the source",
+    Step.EXPORT: "exporting the disk",
+    Step.CONNECT: "setting up the device",
+    Step.PUBLISH: "linking the stable name",
+    Step.DISCONNECT: "flushing and taking the device away",
+    Step.UNPUBLISH: "removing the stable name",
+    Step.STOP: "stopping qemu-storage-daemon",
+    Step.REMOVE: "removing the volume's directory",
+}
+
+
 def plan(goal: Goal, seen: Observed) -> Step | None:
     """Return the next step towards ``goal``, None when it is reached or nothing can be done but wait."""
     return _towards_attached(seen) if goal is Goal.ATTACHED else _towards_absent(seen)

@@ -18,6 +18,7 @@ COMMON_OPTIONS = {
     "logical-block-size": "512 or 4096; default 512",
     "snapshot-size": "the size that the overlay of --snapshot may grow to; default 10G",
 }
+DEFAULTS = {"cache": "writeback", "aio": "threads", "logical-block-size": "512"}
 CACHE_MODES = ("none", "writeback", "writethrough", "directsync", "unsafe")
 
 
@@ -96,5 +97,27 @@ def check_spec(spec: VolumeSpec, backend_options: frozenset[str]) -> None:
     if spec.snapshot_dir is not None and not spec.snapshot_dir.startswith("/"):
         refuse(f"snapshot directory {spec.snapshot_dir!r} is not an absolute path", "write the whole path")
     texts = [spec.source, spec.snapshot_dir or "", *options.keys(), *options.values()]
+    if any(not _is_utf8(text) for text in texts):
+        refuse("a source or option is no UTF-8", "QMP and JSON can carry nothing else: rename it")
     if any("\0" in text for text in texts):
         refuse("a source or option holds a NUL character", "leave it out")
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def without_defaults(spec: VolumeSpec) -> VolumeSpec:
+    """Return the spec without options that only repeat their default: the same wish, said in one way."""
+    options = {key: value for key, value in spec.options.items() if DEFAULTS.get(key) != value}
+    return msgspec.structs.replace(spec, options=options)
+
+
+def difference(present: VolumeSpec, wanted: VolumeSpec) -> str:
+    """Say in which wishes two specs differ."""
+    fields = [field for field in VolumeSpec.__struct_fields__ if getattr(present, field) != getattr(wanted, field)]
+    return "; ".join(f"{field} is {getattr(present, field)!r}, not {getattr(wanted, field)!r}" for field in fields)

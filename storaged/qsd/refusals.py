@@ -54,5 +54,6 @@ def explain(command: str, text: str) -> StoragedError:
             return StoragedError(code, message, cause=text, hint=hint)
     code = ErrorCode.OPEN_FAILED if command == "blockdev-add" else ErrorCode.QSD_REFUSED
     return StoragedError(
-        code, "cannot open the image" if code is ErrorCode.OPEN_FAILED else f"QSD refused {command}", cause=text
+        code, "cannot open the image" if code is ErrorCode.OPEN_FAILED else f"QSD refused {command}", cause=text,
+        hint="the words are QEMU's; for an image, qemu-img info and qemu-img check may tell more",
     )

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import shutil
 import socket
-import time
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
 
-from storaged.backends import BACKENDS
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import links, process
 from storaged.host.atomic import write_atomic
@@ -22,19 +20,15 @@ from storaged.host.unixsock import bind_unix, connect_unix
 from storaged.model import blockdev
 from storaged.model.plan import Device, Observed, Qsd, Step
 from storaged.model.record import ProcessIdentity, Record
+from storaged.model.sizes import MAX_SIZE
 from storaged.model.spec import VolumeSpec
-from storaged.qsd.process import died, find_binary, pidfile, qmp_socket, spawn
-from storaged.qsd.session import ANSWER_TIMEOUT, Session
+from storaged.qsd.process import find_binary, pidfile, qmp_socket, spawn
+from storaged.qsd.served import ServedQsd
 from storaged.supervisor import opening, overlay
 from storaged.supervisor.environment import Environment
+from storaged.supervisor.snapshot import open_snapshot
 from storaged.transports import TRANSPORTS, choose_transport
 from storaged.transports.base import Site, Transport
-
-#: Seconds that QSD may take to end by itself, flushing, before it is killed; and to die of SIGKILL.
-_QUIT_PATIENCE = 10.0
-_KILL_PATIENCE = 10.0
-#: Seconds for which a QSD that gave no answer is not asked again.
-_SILENCE = 10.0
 
 
 @dataclass(frozen=True)
@@ -56,17 +50,13 @@ class Attachment:
         self.record: Record | None = None
         self.notes: list[str] = []
         """What a forced step could not take away, for the user."""
-        self.last_death: StoragedError | None = None
-        self.started_at = 0.0
+        self.qsd = ServedQsd(environment.layout.volume_dir(spec.name), wake)
         self._environment = environment
-        self._wake = wake
         self._directory = environment.layout.volume_dir(spec.name)
         self._site = Site(spec.name, self._directory, BlockingCalls(spec.name))
-        self._session: Session | None = None
-        self._pidfd: int | None = None
-        self._silent_since: float | None = None
-        self._gone = asyncio.Event()
-        self._gone.set()
+        # Calls that touch the source have threads of their own: a source that hangs must not use up those that a
+        # detach needs.
+        self._source_calls = BlockingCalls(f"{spec.name}, source")
         self._opening: opening.Opening | None = None
 
     # What is there -------------------------------------------------------------------------------------------
@@ -76,11 +66,6 @@ class Attachment:
         """The transport in use; without a record any one that may have left something (all look the same)."""
         name = self.record.transport if self.record else next(iter(TRANSPORTS))
         return TRANSPORTS[name]
-
-    @property
-    def alive(self) -> bool:
-        """Whether QSD's process is there."""
-        return self._pidfd is not None
 
     @property
     def overlay(self) -> str | None:
@@ -95,24 +80,18 @@ class Attachment:
     async def observe(self) -> Observed:
         """Look at the process, at QMP, and at the host's side."""
         qsd, opened, export = Qsd.NONE, False, False
-        if self._pidfd is None:
-            await self._hang_up()
-        else:
+        if self.qsd.alive:
             try:
-                self._refuse_silent()
-                session = await self._connected()
+                self.qsd.refuse_silent()
+                session = await self.qsd.session()
                 needed = blockdev.node_names_needed(self.spec.snapshot)
                 opened = needed <= (await session.node_names()).keys()
                 export = opened and await session.has_export(blockdev.EXPORT)
                 qsd = Qsd.RUNNING
-                self._silent_since = None
+                await self.qsd.note_answer(None)
             except StoragedError as error:
-                if error.code is ErrorCode.QSD_SILENT and self._silent_since is None:
-                    self._silent_since = time.monotonic()
-                if error.code is ErrorCode.QSD_DIED:
-                    # The connection ended; the process is about to, or it hangs on its way out.
-                    await self._wait_gone(1.0)
-                qsd = Qsd.SILENT if self._pidfd is not None else Qsd.NONE
+                await self.qsd.note_answer(error)
+                qsd = Qsd.SILENT if self.qsd.alive else Qsd.NONE
         seen = self.transport.observe(self._site, self.record, alive=export or qsd is Qsd.SILENT)
         return Observed(
             qsd=qsd, opened=opened, exported=(export or qsd is Qsd.SILENT) and seen.reachable,
@@ -121,7 +100,7 @@ class Attachment:
 
     def looks_well(self) -> bool:
         """Whether an online volume still is, judged by sysfs and mounts alone: cheap, never blocks."""
-        if self._pidfd is None:
+        if not self.qsd.alive:
             return False
         seen = self.transport.observe(self._site, self.record, alive=True)
         return seen.device is Device.HEALTHY and self._linked()
@@ -136,7 +115,7 @@ class Attachment:
     def _has_directory(self) -> bool:
         return (
             os.path.lexists(self._directory)
-            or overlay.locate(self._environment.layout.snapshots_dir, self.spec.name) is not None
+            or overlay.exists(self._environment.layout.snapshots_dir, self.spec.name)
         )
 
     # Adoption ------------------------------------------------------------------------------------------------
@@ -152,7 +131,7 @@ class Attachment:
         if record is not None:
             self.spec = record.spec
             self._environment.claims.hold(self.spec.name, record.sources)
-            if record.process is not None and self._find(record.process):
+            if record.process is not None and self.qsd.find(record.process):
                 found = self.transport.find_device(self._site)
                 if record.device is None and found is not None:
                     # The daemon died between the set-up and the record.
@@ -175,7 +154,7 @@ class Attachment:
             binary="", process=strays[0] if strays else None, device=device, diskseq=diskseq,
         )
         if strays:
-            self._find(strays[0])
+            self.qsd.find(strays[0])
 
     def _strays(self) -> list[ProcessIdentity]:
         return process.find_by_arguments("--pidfile", pidfile(self._directory))
@@ -183,8 +162,8 @@ class Attachment:
     async def _end_strays(self) -> None:
         """End a QSD of this volume that was started but never recorded: it serves nothing yet."""
         for stray in await self._site.blocking("look for processes", 10, self._strays):
-            if self._find(stray):
-                await self._kill()
+            if self.qsd.find(stray):
+                await self.qsd.kill()
 
     def _read_record(self) -> tuple[Record | None, str]:
         try:
@@ -206,9 +185,9 @@ class Attachment:
         try:
             await self._perform(step, timeout=timeout, force=force)
         except StoragedError as error:
-            if error.code is ErrorCode.QSD_DIED and await self._wait_gone(1.0):
+            if error.code is ErrorCode.QSD_DIED and await self.qsd.wait_gone(1.0):
                 # Its exit status and last words say more than a lost connection.
-                death, self.last_death = self.last_death, None
+                death, self.qsd.last_death = self.qsd.last_death, None
                 raise (death or error) from error
             raise
 
@@ -220,7 +199,13 @@ class Attachment:
             case Step.START:
                 await self._start(timeout)
             case Step.OPEN:
-                await self._open(timeout)
+                try:
+                    await self._open(timeout)
+                except StoragedError as error:
+                    # What was opened half way serves nobody, and would be in the way of the next try.
+                    if error.code is not ErrorCode.QSD_DIED:
+                        await self.qsd.kill()
+                    raise
             case Step.EXPORT:
                 await self._export(timeout)
             case Step.CONNECT:
@@ -238,19 +223,21 @@ class Attachment:
             case Step.UNPUBLISH:
                 links.unpublish(self._environment.layout.dev_dir, self.spec.name)
             case Step.STOP:
-                await self._stop(timeout)
+                await self.qsd.stop(timeout)
             case Step.REMOVE:
                 await self._site.blocking("remove the volume's directory", timeout, self._remove)
 
     async def resize(self, size: int, timeout: float) -> None:
         """Grow the disk to ``size`` bytes, then its device. Raises INVALID_SIZE, UNSUPPORTED, ..."""
-        record, session = self._known(), await self._connected()
+        record, session = self._known(), await self.qsd.session()
         present = (await session.node_names())[blockdev.DISK]
         if size < present:
             raise StoragedError(
                 ErrorCode.INVALID_SIZE, f"the volume has {present} bytes; it can grow, not shrink",
                 hint="shrink the filesystem and copy it to a smaller image",
             )
+        if size > MAX_SIZE:
+            raise StoragedError(ErrorCode.INVALID_SIZE, f"{size} bytes are more than the kernel can address")
         if size % max(512, record.spec.logical_block_size):
             raise StoragedError(ErrorCode.INVALID_SIZE, f"{size} is no multiple of the block size")
         if size > present:
@@ -263,11 +250,7 @@ class Attachment:
     async def leave(self) -> None:
         """The volume is gone, or the daemon ends: let go of everything without touching it."""
         self._environment.claims.drop(self.spec.name)
-        if self._pidfd is not None:
-            asyncio.get_running_loop().remove_reader(self._pidfd)
-            os.close(self._pidfd)
-            self._pidfd = None
-        await self._hang_up()
+        await self.qsd.leave()
 
     async def _start(self, timeout: float) -> None:
         spec, environment = self.spec, self._environment
@@ -277,10 +260,21 @@ class Attachment:
             else choose_transport(spec.transport, None)
         )
 
+        given_up = threading.Event()
+
         def work() -> _Started:
             known = former.binary if former is not None else ""
             binary = find_binary(known or environment.config.qsd.binary)
             wanted = opening.inspect(spec)
+            if given_up.is_set():
+                # The source let this thread hang for so long that the volume may be gone by now.
+                raise StoragedError(ErrorCode.HOST_STUCK, "too late")
+            if former is not None and former.sources and former.sources != wanted.sources:
+                raise StoragedError(
+                    ErrorCode.SOURCE_CHANGED, "the source is not the one that was attached",
+                    cause="it was replaced or moved while qemu-storage-daemon was down",
+                    hint="bring the old one back; or detach the volume and attach it again",
+                )
             environment.claims.hold(spec.name, wanted.sources)
             held = opening.take(wanted, environment.lock_directory, f"volume {spec.name} ({self._directory})")
             try:
@@ -308,34 +302,41 @@ class Attachment:
             process.kill(started.pidfd)
             os.close(started.pidfd)
 
-        started = await self._site.blocking.with_late_result("start QSD", timeout, work, too_late)
+        try:
+            started = await self._source_calls.with_late_result("start QSD", timeout, work, too_late)
+        except BaseException:
+            given_up.set()
+            raise
         self._opening, self.record = started.opening, started.record
-        self._watch(started.pidfd)
-        self.started_at = time.monotonic()
-        self._session = await Session.over(started.monitor, timeout=timeout)
+        session = await self.qsd.greet(started.pidfd, started.monitor, timeout=timeout)
         # Only now it is surely itself: qsd.binary may be a script that executes the real one.
-        await self._note(process=process.identify(started.pid), qsd_version=self._session.version)
+        await self._note(process=process.identify(started.pid), qsd_version=session.version)
 
     async def _open(self, timeout: float) -> None:
         spec, wanted = self.spec, self._opening
         if wanted is None:
             # An adopted QSD that never got as far as opening: nothing is known of its locks. A new one is.
-            await self._kill()
+            await self.qsd.kill()
             return
-        session = await self._connected()
+        session = await self.qsd.session()
         if wanted.key_file is not None:
-            secret = await self._site.blocking(
+            secret = await self._source_calls(
                 "read the key file", timeout, opening.read_passphrase, wanted.key_file
             )
             await session.execute("object-add", secret)
         await session.execute("blockdev-add", wanted.node, timeout=timeout)
-        if spec.snapshot:
-            await self._open_overlay(session, timeout)
-        again = await self._site.blocking("look at the source", timeout, opening.inspect, spec)
-        if again.sources != wanted.sources:
+        pid = self._known().process
+        as_wanted = pid is not None and await self._source_calls(
+            "look at what QSD opened", timeout, opening.opened_as_wanted, wanted, pid.pid
+        )
+        if not as_wanted:
             raise StoragedError(
                 ErrorCode.SOURCE_CHANGED, "the source was replaced while it was opened",
                 hint="find out who replaces it, then attach again",
+            )
+        if spec.snapshot:
+            await open_snapshot(
+                spec, wanted, str(self._known().overlay), session, self._environment, self._source_calls, timeout
             )
         size = (await session.node_names())[blockdev.DISK]
         if size == 0 or size % spec.logical_block_size:
@@ -346,32 +347,6 @@ class Attachment:
             )
         await self._note(size=size)
 
-    async def _open_overlay(self, session: Session, timeout: float) -> None:
-        """Open the overlay over the base; make it first where there is none."""
-        path = self._known().overlay
-        assert path is not None
-        flags = opening.cache_flags(self.spec)
-        backend = BACKENDS["file"]
-        exists = await self._site.blocking("look for the overlay", timeout, os.path.exists, path)
-        if not exists:
-            limit = overlay.limit_of(self.spec)
-            new = await self._site.blocking("create the overlay", timeout, overlay.create_new, path, limit)
-            protocol = backend.node(new, read_only=False, options=self.spec.options)
-            await session.execute("blockdev-add", blockdev.overlay_file_node(protocol, limit), timeout=timeout)
-            size = (await session.node_names())[blockdev.BASE]
-            create = {
-                "job-id": "create",
-                "options": {"driver": "qcow2", "file": blockdev.OVERLAY_FILE, "size": size},
-            }
-            await session.run_job("blockdev-create", create, "create", timeout=timeout)
-            await session.execute("blockdev-del", {"node-name": blockdev.OVERLAY_FILE}, timeout=timeout)
-            self._environment.fault("open: overlay created")
-            await self._site.blocking("finish the overlay", timeout, overlay.finish, path)
-        limit = await self._site.blocking("look at the overlay", timeout, os.path.getsize, path)
-        protocol = backend.node(path, read_only=False, options=self.spec.options)
-        await session.execute("blockdev-add", blockdev.overlay_file_node(protocol, limit), timeout=timeout)
-        await session.execute("blockdev-add", blockdev.overlay_tree(flags), timeout=timeout)
-
     def _reserve_overlay(self) -> str:
         layout, spec = self._environment.layout, self.spec
         overlay.limit_of(spec)
@@ -379,7 +354,7 @@ class Attachment:
         return overlay.reserve(layout.snapshots_dir, place, spec.name)
 
     async def _export(self, timeout: float) -> None:
-        record, session = self._known(), await self._connected()
+        record, session = self._known(), await self.qsd.session()
         if await session.has_export(blockdev.EXPORT):
             # The host's end of it is gone (somebody unmounted it); QSD has not noticed.
             await session.delete_export(blockdev.EXPORT, timeout=timeout)
@@ -393,95 +368,26 @@ class Attachment:
         record = self._known()
         if force:
             self.notes += await self.transport.disconnect_by_force(
-                self._site, record, timeout, flush=self._silent_since is None
+                self._site, record, timeout, flush=not self.qsd.silent
             )
         else:
-            await self.transport.disconnect(self._site, record, timeout)
+            try:
+                await self.transport.disconnect(self._site, record, timeout)
+            except StoragedError as error:
+                if error.code is ErrorCode.DEVICE_IN_USE and self._site.blocking.stuck and not error.users:
+                    raise StoragedError(
+                        ErrorCode.HOST_STUCK, "an earlier try to flush the device still hangs",
+                        hint="wait for the storage below to go on, or use --force",
+                    ) from error
+                raise
         await self._forget_device()
-
-    async def _stop(self, timeout: float) -> None:
-        """Let QSD end by itself, which flushes everything; kill it when it does not."""
-        patience = min(timeout, _QUIT_PATIENCE)
-        try:
-            self._refuse_silent()
-            session = await self._connected()
-            await session.execute("quit", timeout=min(patience, ANSWER_TIMEOUT))
-        except StoragedError as error:
-            # A connection that ended is what quit does. A QSD that is silent will not hear of quit at all.
-            if error.code is ErrorCode.QSD_SILENT:
-                patience = 0
-        await self._wait_gone(patience)
-        await self._kill()
-
-    def _refuse_silent(self) -> None:
-        """Do not wait again and again for a QSD that gave no answer a moment ago."""
-        if self._silent_since is not None and time.monotonic() - self._silent_since < _SILENCE:
-            raise StoragedError(ErrorCode.QSD_SILENT, "qemu-storage-daemon does not answer")
-
-    async def _kill(self) -> None:
-        if self._pidfd is None:
-            self.last_death = None
-            return
-        process.kill(self._pidfd)
-        if not await self._wait_gone(_KILL_PATIENCE):
-            raise StoragedError(
-                ErrorCode.QSD_SILENT, "qemu-storage-daemon does not even die of SIGKILL",
-                cause="its threads hang in the kernel, on the storage below",
-                hint="bring the storage below back or make it fail; then detach again",
-            )
-        self.last_death = None
 
     def _remove(self) -> None:
         overlay.remove(self._environment.layout.snapshots_dir, self.spec.name)
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(self._directory)
 
-    # The process and the record --------------------------------------------------------------------------------
-
-    def _find(self, who: ProcessIdentity) -> bool:
-        """Watch this process from now on; False if it is dead already."""
-        pidfd = process.open_pidfd(who)
-        if pidfd is not None:
-            self._watch(pidfd)
-        return pidfd is not None
-
-    def _watch(self, pidfd: int) -> None:
-        """Be told of the death of the process behind a pidfd, which belongs to us from now on."""
-        self._pidfd = pidfd
-        self._silent_since = None
-        self._gone.clear()
-        asyncio.get_running_loop().add_reader(pidfd, self._on_death)
-
-    def _on_death(self) -> None:
-        assert self._pidfd is not None
-        asyncio.get_running_loop().remove_reader(self._pidfd)
-        how = process.reap(self._pidfd)
-        os.close(self._pidfd)
-        self._pidfd = None
-        self.last_death = died(self._directory, how)
-        self._gone.set()
-        self._wake()
-
-    async def _wait_gone(self, timeout: float) -> bool:
-        try:
-            async with asyncio.timeout(timeout):
-                await self._gone.wait()
-        except TimeoutError:
-            return False
-        await self._hang_up()
-        return True
-
-    async def _connected(self) -> Session:
-        if self._session is not None and not self._session.usable:
-            await self._hang_up()
-        if self._session is None:
-            self._session = await Session.connect(qmp_socket(self._directory), timeout=ANSWER_TIMEOUT)
-        return self._session
-
-    async def _hang_up(self) -> None:
-        session, self._session = self._session, None
-        if session is not None:
-            await session.close()
+    # The record ------------------------------------------------------------------------------------------------
 
     def _known(self) -> Record:
         if self.record is None:

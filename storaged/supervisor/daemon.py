@@ -8,6 +8,7 @@ import fcntl
 import grp
 import logging
 import os
+import resource
 import signal
 import sys
 from dataclasses import replace
@@ -41,6 +42,7 @@ def run(layout: Layout, config_file: str | None) -> int:
     layout = replace(
         layout, run_dir=os.path.realpath(layout.run_dir), state_dir=os.path.realpath(layout.state_dir)
     )
+    _raise_descriptor_limit()
     lock = _lock_out_others(layout)
     try:
         uvloop.run(_serve(layout, config, group))
@@ -103,6 +105,12 @@ def _group(config: Config) -> int:
             ErrorCode.INVALID_ARGUMENT, f"there is no group {config.socket_group!r}",
             hint="create it (groupadd --system), or correct socket_group in storaged.toml",
         ) from error
+
+
+def _raise_descriptor_limit() -> None:
+    """Each volume and each client needs some: take all that the hard limit allows."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _make_directory(path: str, mode: int) -> None:

@@ -17,7 +17,7 @@ from storaged.host.blocking import BlockingCalls
 from storaged.host.process import boot_id
 from storaged.model.names import check_name
 from storaged.model.record import Record
-from storaged.model.spec import Desired, VolumeSpec, check_spec
+from storaged.model.spec import Desired, VolumeSpec, check_spec, without_defaults
 from storaged.store.base import Damaged
 from storaged.supervisor import overlay
 from storaged.supervisor.environment import Environment
@@ -68,30 +68,37 @@ class Manager:
 
         Raises VOLUME_EXISTS, with nothing changed, where the wishes differ.
         """
+        spec = without_defaults(spec)
         self._check(spec)
         patience = timeout or self.environment.config.attach_timeout
-        volume = self._volumes.get(spec.name)
-        if volume is not None:
-            if volume.spec != spec:
-                raise StoragedError(
-                    ErrorCode.VOLUME_EXISTS, "the volume is attached with other wishes", volume=spec.name,
-                    cause=_difference(volume.spec, spec), hint="detach it first, or choose another name",
-                )
-            await volume.attach(patience)
-            return volume
-        volume = Volume(Desired(spec=spec), self.environment, fresh=True)
-        self._begin(volume, adopt=False)
-        await volume.attach(patience)
-        return volume
+        while True:
+            volume = self._volumes.get(spec.name)
+            if volume is None:
+                volume = Volume(Desired(spec=spec), self.environment, fresh=True)
+                self._begin(volume, adopt=False)
+            try:
+                await volume.attach(spec, patience)
+            except StoragedError as error:
+                if error.code is not ErrorCode.NO_SUCH_VOLUME:
+                    raise
+                # It was on its way out, and is gone now: this is a new one.
+                await self._forgotten(volume)
+            else:
+                return volume
 
     async def detach(self, name: str, *, force: bool, timeout: float | None) -> list[str]:
         """Take a volume away; return what is left behind by force."""
         volume = self.get(name)
         notes = await volume.detach(force=force, timeout=timeout or self.environment.config.detach_timeout)
-        actor = self._actors.get(name)
-        if actor is not None and volume.ended:
-            await asyncio.wait({actor})
+        if volume.ended:
+            await self._forgotten(volume)
         return notes
+
+    async def _forgotten(self, volume: Volume) -> None:
+        """Wait until a volume that is gone has left the books: its actor has only that to do."""
+        actor = self._actors.get(volume.spec.name)
+        if actor is not None and self._volumes.get(volume.spec.name) is volume:
+            await asyncio.wait({actor})
 
     async def resize(self, name: str, size: int, timeout: float | None) -> Volume:
         """Grow a volume to ``size`` bytes."""
@@ -160,6 +167,10 @@ class Manager:
                 check_name(name)
             except StoragedError:
                 continue
+            directory = layout.volume_dir(name)
+            if os.path.lexists(directory) and (os.path.islink(directory) or not os.path.isdir(directory)):
+                log.warning("%s is not storaged's: it is left alone", directory)
+                continue
             record = self._record_of(name)
             spec = record.spec if record else VolumeSpec(name=name, source="unknown")
             if name in unknown:
@@ -201,8 +212,3 @@ class Manager:
             pass
         write_atomic(marker, now.encode())
 
-
-def _difference(present: VolumeSpec, wanted: VolumeSpec) -> str:
-    """Say in which wishes two specs differ."""
-    fields = [field for field in VolumeSpec.__struct_fields__ if getattr(present, field) != getattr(wanted, field)]
-    return "; ".join(f"{field} is {getattr(present, field)!r}, not {getattr(wanted, field)!r}" for field in fields)

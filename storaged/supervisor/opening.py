@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,8 +11,9 @@ from typing import Any
 from storaged.backends import BACKENDS, find_backend
 from storaged.backends.local import CACHE_FLAGS
 from storaged.errors import ErrorCode, StoragedError
-from storaged.host import locks, loop
+from storaged.host import locks, loop, process
 from storaged.host.chain import ImageFile, inspect_chain
+from storaged.host.identity import block_identity, file_identity, identities, own_identity
 from storaged.model.blockdev import BASE, DISK, PASSPHRASE, Image, image_tree
 from storaged.model.formats import Format
 from storaged.model.spec import VolumeSpec, check_spec
@@ -28,9 +28,15 @@ class Opening:
 
     node: dict[str, Any]
     sources: Mapping[str, bool]
-    """The source identities, and whether each is written to."""
+    """The identities to lock, and whether each is written to."""
+    files: frozenset[str]
+    """The identities of the images themselves: QSD must have opened these, and no others in their place."""
+    fingerprint: list[list[int]]
+    """Inode, size and time of the last change of each image: what an overlay belongs to."""
     claims: tuple[str, ...]
     """Block devices that must be claimed against mounts while QSD can write to them."""
+    unclaimed: tuple[str, ...]
+    """Block devices that are only read, and that nobody else may have claimed."""
     key_file: str | None
 
 
@@ -54,6 +60,15 @@ def inspect(spec: VolumeSpec) -> Opening:
         raise StoragedError(
             ErrorCode.INVALID_SOURCE, f"{path} is no block device", hint="leave the prefix host_device: out"
         )
+    for image in chain:
+        for file in image.files():
+            try:
+                file.path.encode()
+            except UnicodeEncodeError as error:
+                raise StoragedError(
+                    ErrorCode.INVALID_SOURCE, f"the path {file.path!a} is no UTF-8",
+                    hint="QMP can carry nothing else: rename it",
+                ) from error
     writable = spec.writes_source
     images = [
         Image(
@@ -67,32 +82,35 @@ def inspect(spec: VolumeSpec) -> Opening:
     node = image_tree(
         images, read_only=not writable, node_name=BASE if spec.snapshot else DISK, cache=cache_flags(spec)
     )
-    wishes: dict[str, bool] = {}
-    claims = []
-    for number, image in enumerate(chain):
-        for file in image.files():
-            exclusive = writable and number == 0
-            wishes[identity_of(file)] = exclusive or wishes.get(identity_of(file), False)
-            if exclusive:
-                if file.block_device:
-                    claims.append(file.path)
-                _refuse_foreign_loop(file)
-            below = _backing_of_loop(file)
-            if below is not None:
-                wishes[below] = exclusive or wishes.get(below, False)
+    files = [(file, writable and number == 0) for number, image in enumerate(chain) for file in image.files()]
+    sources: dict[str, bool] = {}
+    for file, exclusive in files:
+        for identity, exclusively in identities(file, exclusive=exclusive).items():
+            sources[identity] = exclusively or sources.get(identity, False)
+        _refuse_foreign_loop(file, exclusive)
     return Opening(
         node=node,
-        sources=wishes,
-        claims=tuple(claims),
+        sources=sources,
+        files=frozenset(own_identity(file) for file, _ in files),
+        fingerprint=[_fingerprint(file) for file, _ in files] if spec.snapshot else [],
+        claims=tuple(file.path for file, exclusive in files if file.block_device and exclusive),
+        unclaimed=tuple(file.path for file, exclusive in files if file.block_device and not exclusive),
         key_file=spec.options.get("key-file") if spec.format is Format.LUKS else None,
     )
 
 
-def identity_of(file: ImageFile) -> str:
-    """Return what tells this source from any other, however it is spelled."""
-    if file.block_device:
-        return f"block:{os.major(file.block_device)}:{os.minor(file.block_device)}"
-    return f"file:{file.device}:{file.inode}"
+def _fingerprint(file: ImageFile) -> list[int]:
+    # The node of a block device tells nothing about the device's content.
+    return [0, file.size, 0] if file.block_device else [file.inode, file.size, os.stat(file.path).st_mtime_ns]
+
+
+def opened_as_wanted(opening: Opening, pid: int) -> bool:
+    """Whether QSD has opened the very files that were looked at and locked, and nothing swapped in for them."""
+    opened = {
+        block_identity(number) if number else file_identity(device, inode)
+        for device, inode, number in process.open_files(pid)
+    }
+    return opening.files <= opened
 
 
 def take(opening: Opening, directory: str, owner: str) -> list[int]:
@@ -104,6 +122,8 @@ def take(opening: Opening, directory: str, owner: str) -> list[int]:
             held.append(locks.take_lock(directory, identity, exclusive=exclusive, owner=owner))
         for device in opening.claims:
             held.append(locks.claim_block_device(device))
+        for device in opening.unclaimed:
+            locks.refuse_claimed(device)
     except BaseException:
         for fd in held:
             os.close(fd)
@@ -137,24 +157,21 @@ def _protocol(file: ImageFile, spec: VolumeSpec, *, read_only: bool) -> dict[str
     return backend.node(file.path, read_only=read_only, options=spec.options)
 
 
-def _refuse_foreign_loop(file: ImageFile) -> None:
-    """A loop device that somebody set up over the file writes to it past our locks."""
+def _refuse_foreign_loop(file: ImageFile, exclusive: bool) -> None:
+    """A loop device that somebody set up over the file writes to it past our locks, or reads what we write."""
     # Compared by path, not by stat: the backing file of somebody's loop device may hang.
     for device in loop.find_by_backing(file.path):
-        raise StoragedError(
-            ErrorCode.SOURCE_IN_USE, "the source is in use", cause=f"{device.path} is set up over {file.path}",
-            hint=f"losetup -d {device.path}, or attach that device instead", users=[device.path],
-        )
+        if exclusive or not loop.is_read_only(device.path):
+            raise StoragedError(
+                ErrorCode.SOURCE_IN_USE, "the source is in use", cause=f"{device.path} is set up over {file.path}",
+                hint=f"losetup -d {device.path}, or attach that device instead", users=[device.path],
+            )
 
 
-def _backing_of_loop(file: ImageFile) -> str | None:
-    """The identity of the file behind a loop device: to write to one is to write to the other."""
-    if not file.block_device or os.major(file.block_device) != 7:
-        return None
-    backing = loop.backing_file(f"/dev/loop{os.minor(file.block_device)}")
-    if backing is None:
-        return None
-    with contextlib.suppress(OSError):
-        status = os.stat(backing)
-        return f"file:{status.st_dev}:{status.st_ino}"
-    return None
+def same_file(one: str, other: str) -> bool:
+    """Whether two sources are the same file or device of this host, in two spellings. Raises OSError."""
+    paths = []
+    for source in (one, other):
+        backend = find_backend(source)
+        paths.append(backend.parse(source))
+    return os.path.samefile(*paths)

@@ -1,8 +1,10 @@
 """The overlays of snapshots: where they are, how they come and how they go. Blocks, use a thread.
 
-NAME.at in the daemon's snapshots directory is a link to the overlay, made before it: so none is ever lost,
-wherever the user wanted it. Overlays end in .qcow2, so that no volume's name leads to another's. A crash while an
-overlay is made leaves ``.new`` behind, which never counts.
+NAME.json in the daemon's snapshots directory is the mark of an overlay: where it is, which file it is, and which
+source it belongs to. It is written before the overlay is made, so that none is ever lost, wherever the user wanted
+it; and once more when the overlay is complete. From then on only that very file counts: one that is gone or was
+replaced is an error, and never made anew, because what was written is in it. Overlays end in .qcow2, so that no
+volume's name leads to another's.
 """
 
 from __future__ import annotations
@@ -11,16 +13,30 @@ import contextlib
 import errno
 import hashlib
 import os
+import stat
+
+import msgspec
 
 from storaged.errors import ErrorCode, StoragedError
-from storaged.host.atomic import state_error, sync_directory
+from storaged.host.atomic import remove_file, state_error, sync_directory, write_atomic
 from storaged.model.sizes import MAX_SIZE, parse_size
 from storaged.model.spec import VolumeSpec
 
 _DEFAULT_LIMIT = 10 << 30
-_LINK = ".at"
 #: Below this, qcow2's own tables leave no room for data.
 _SMALLEST_LIMIT = 4 << 20
+_MARK = ".json"
+
+
+class Mark(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is known of an overlay. ``inode`` is 0 until it is complete; its device may change with each boot."""
+
+    path: str
+    inode: int = 0
+    limit: int = 0
+    """Bytes."""
+    fingerprint: list[list[int]] = []
+    """Of the source: see Opening.fingerprint."""
 
 
 def limit_of(spec: VolumeSpec) -> int:
@@ -34,20 +50,38 @@ def limit_of(spec: VolumeSpec) -> int:
     return min(-(-limit // 65536) * 65536, MAX_SIZE // 65536 * 65536)
 
 
-def locate(snapshots: str, name: str) -> str | None:
-    """Return where the overlay of a volume is (or will be), None if it has none."""
+def locate(snapshots: str, name: str) -> Mark | None:
+    """Return the mark of a volume's overlay, None if it has none.
+
+    Raises STATE_DAMAGED for one that cannot be read: there may well be an overlay, and nobody knows where.
+    """
+    path = _mark(snapshots, name)
     try:
-        return os.readlink(_link(snapshots, name))
-    except (FileNotFoundError, NotADirectoryError):
+        with open(path, "rb") as file:
+            return msgspec.json.decode(file.read(), type=Mark)
+    except FileNotFoundError:
         return None
+    except (OSError, ValueError) as error:
+        raise StoragedError(
+            ErrorCode.STATE_DAMAGED, f"what is known of the overlay cannot be read: {path}", cause=str(error),
+            hint="try again; if it is damaged, find the overlay and look at it before you move that file away",
+        ) from error
+
+
+def exists(snapshots: str, name: str) -> bool:
+    """Whether anything is known of an overlay of a volume."""
+    return os.path.lexists(_mark(snapshots, name))
 
 
 def reserve(snapshots: str, directory: str | None, name: str) -> str:
-    """Note where the overlay of a volume will be, and return it. Raises NO_SPACE, INTERNAL."""
+    """Note where the overlay of a volume will be, and return it.
+
+    Raises INVALID_ARGUMENT where the directory is missing or something is in the way, NO_SPACE, INTERNAL.
+    """
     os.makedirs(snapshots, mode=0o700, exist_ok=True)
     known = locate(snapshots, name)
     if known is not None:
-        return known
+        return known.path
     if directory is None:
         path = os.path.join(snapshots, f"{name}.qcow2")
     else:
@@ -59,21 +93,56 @@ def reserve(snapshots: str, directory: str | None, name: str) -> str:
         # Another daemon may have a volume of that name, and its overlay in the same directory.
         owner = hashlib.sha256(snapshots.encode()).hexdigest()[:8]
         path = os.path.join(directory, f"storaged.{name}.{owner}.qcow2")
-    link = _link(snapshots, name)
-    try:
-        os.symlink(path, link)
-        sync_directory(snapshots)
-    except OSError as error:
-        raise state_error(link, error) from error
+    if os.path.lexists(path):
+        # Whoever put it there: what it holds, or points to, is not ours to write to.
+        raise StoragedError(
+            ErrorCode.INVALID_ARGUMENT, f"{path} is in the way of the overlay", cause="it was not made by this volume",
+            hint="look at it, and move it away",
+        )
+    write_atomic(_mark(snapshots, name), msgspec.json.encode(Mark(path=path)))
     return path
 
 
+def check(snapshots: str, name: str, fingerprint: list[list[int]]) -> Mark | None:
+    """Return the mark of a complete overlay that is the very file and belongs to this very source, None if there
+    is no complete one yet.
+
+    Raises SOURCE_MISSING where it is gone or was replaced, SOURCE_CHANGED where the source is not what it was.
+    """
+    mark = locate(snapshots, name)
+    if mark is None or not mark.inode:
+        return None
+    hint = "bring it back (is its filesystem mounted?), or detach the volume, which gives the changes up"
+    try:
+        seen = os.lstat(mark.path)
+    except OSError as error:
+        raise StoragedError(
+            ErrorCode.SOURCE_MISSING, f"the overlay {mark.path} is not there", cause=error.strerror or "", hint=hint
+        ) from error
+    if not stat.S_ISREG(seen.st_mode) or (seen.st_ino, seen.st_size) != (mark.inode, mark.limit):
+        raise StoragedError(
+            ErrorCode.SOURCE_MISSING, f"the overlay {mark.path} was replaced", cause="it is another file by now",
+            hint=hint,
+        )
+    if mark.fingerprint != fingerprint:
+        raise StoragedError(
+            ErrorCode.SOURCE_CHANGED, "the source of the snapshot has changed",
+            cause="the overlay's changes belong to what it was before, and would be a mix with what it is now",
+            hint="bring the old source back, or detach the volume, which gives the changes up",
+        )
+    return mark
+
+
 def create_new(path: str, limit: int) -> str:
-    """Make the file of a new overlay, sparse and ``limit`` bytes large, and return its (temporary) path."""
+    """Make the file of a new overlay, sparse and ``limit`` bytes large, and return its (temporary) path.
+
+    What is at ``path`` is of an attempt that never got as far as being used.
+    """
     new = f"{path}.new"
     try:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(new)
+        for victim in (path, new):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(victim)
         fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             os.ftruncate(fd, limit)
@@ -89,24 +158,30 @@ def create_new(path: str, limit: int) -> str:
     return new
 
 
-def finish(path: str) -> None:
+def finish(snapshots: str, name: str, path: str, fingerprint: list[list[int]]) -> None:
     """The overlay at PATH.new is complete: let it count."""
-    os.rename(f"{path}.new", path)
-    sync_directory(os.path.dirname(path))
+    try:
+        os.rename(f"{path}.new", path)
+        sync_directory(os.path.dirname(path))
+        seen = os.lstat(path)
+    except OSError as error:
+        raise state_error(path, error) from error
+    mark = Mark(path=path, inode=seen.st_ino, limit=seen.st_size, fingerprint=fingerprint)
+    write_atomic(_mark(snapshots, name), msgspec.json.encode(mark))
 
 
 def remove(snapshots: str, name: str) -> None:
-    """Throw a volume's overlay away; no error when it has none. The link goes last."""
-    path = locate(snapshots, name)
-    if path is None:
+    """Throw a volume's overlay away; no error when it has none. The mark goes last."""
+    mark = locate(snapshots, name)
+    if mark is None:
         return
     try:
-        for victim in (f"{path}.new", path, _link(snapshots, name)):
+        for victim in (f"{mark.path}.new", mark.path):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(victim)
-        sync_directory(snapshots)
     except OSError as error:
-        raise state_error(path, error) from error
+        raise state_error(mark.path, error) from error
+    remove_file(_mark(snapshots, name))
 
 
 def all_names(snapshots: str) -> list[str]:
@@ -115,8 +190,8 @@ def all_names(snapshots: str) -> list[str]:
         entries = os.listdir(snapshots)
     except FileNotFoundError:
         return []
-    return [entry.removesuffix(_LINK) for entry in entries if entry.endswith(_LINK)]
+    return [entry.removesuffix(_MARK) for entry in entries if entry.endswith(_MARK)]
 
 
-def _link(snapshots: str, name: str) -> str:
-    return os.path.join(snapshots, name + _LINK)
+def _mark(snapshots: str, name: str) -> str:
+    return os.path.join(snapshots, name + _MARK)

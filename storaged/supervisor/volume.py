@@ -7,15 +7,18 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+
+import msgspec
 
 from storaged.errors import ErrorCode, StoragedError
-from storaged.model.plan import Goal, Observed, Step, plan
+from storaged.model.plan import DOING, Goal, Observed, Step, plan
 from storaged.model.recovery import STABLE_AFTER, backoff
-from storaged.model.spec import Desired
+from storaged.model.spec import Desired, VolumeSpec, difference
 from storaged.model.states import State, state_of
 from storaged.supervisor.attachment import Attachment
 from storaged.supervisor.environment import Environment
+from storaged.supervisor.opening import same_file
+from storaged.supervisor.requests import Request, error_of, nobody
 
 log = logging.getLogger("storaged.volume")
 
@@ -32,20 +35,10 @@ _MOST_REPEATS = 3
 #: Seconds to take back what a failed attach did.
 _UNDO_PATIENCE = 30.0
 
+#: These say something about the request, and nothing about the volume.
+_OF_THE_REQUEST = frozenset({ErrorCode.VOLUME_BUSY, ErrorCode.VOLUME_EXISTS})
 #: Refusals of a detach that leave the volume as it was.
 _REFUSALS = frozenset({ErrorCode.DEVICE_IN_USE, ErrorCode.FLUSH_FAILED})
-
-
-@dataclass
-class _Request:
-    """Something asked of the actor, and where its outcome goes."""
-
-    run: Callable[[], Awaitable[None]]
-    timeout: float
-    done: asyncio.Future[None]
-    gone_is_fine: bool = False
-    about_the_volume: bool = True
-    """Its failure says something about the volume, and not only about the request."""
 
 
 class Volume:
@@ -55,16 +48,18 @@ class Volume:
         """``fresh``: it comes from an attach request, and goes again if that fails."""
         self.spec = desired.spec
         self.goal = Goal(desired.wanted)
-        self.state = State.ABSENT
+        # What an earlier daemon left is there, in whatever condition, until it has been looked at.
+        self.state = State.ABSENT if fresh else State.STARTING
         self.since = time.time()
         self.failure: StoragedError | None = None
         self.seen = Observed()
         self.attachment = Attachment(desired.spec, environment, self._on_death)
         self._environment = environment
-        self._inbox: asyncio.Queue[_Request | None] = asyncio.Queue()
+        self._inbox: asyncio.Queue[Request | None] = asyncio.Queue()
         self._current: asyncio.Task[None] | None = None
-        self._serving: _Request | None = None
+        self._serving: Request | None = None
         self._fresh = fresh
+        self._first_failure: StoragedError | None = None
         self._was_online = False
         self._step: Step | None = None
         self._blamed: Step | None = None
@@ -79,17 +74,33 @@ class Volume:
 
     # What others ask -----------------------------------------------------------------------------------------
 
-    async def attach(self, timeout: float) -> None:
-        """Bring the volume online; when it never was, a failure takes back all that was done."""
-        await self._ask(self._attach, timeout)
+    async def attach(self, spec: VolumeSpec, timeout: float) -> None:
+        """Bring the volume online; when it never was, a failure takes back all that was done.
+
+        Raises VOLUME_EXISTS, with nothing changed, where ``spec`` wishes for something else.
+        """
+        await self._ask(lambda: self._attach(spec), timeout, wishes=spec)
 
     async def detach(self, *, force: bool, timeout: float) -> list[str]:
         """Take the volume away and return what stays. By force: whatever is under way is given up first."""
         notes: list[str] = []
-        if force and self._current is not None:
-            self._current.cancel()
+        if force:
+            self._give_up_requests()
         await self._ask(lambda: self._detach(force, notes), timeout, gone_is_fine=True)
         return notes
+
+    def _give_up_requests(self) -> None:
+        """A detach by force comes before all that is under way or waits."""
+        error = StoragedError(
+            ErrorCode.VOLUME_BUSY, "given up", volume=self.spec.name, cause="a detach by force came in between",
+            hint=f"storaged show {self.spec.name} says how it ended",
+        )
+        while not self._inbox.empty():
+            request = self._inbox.get_nowait()
+            if request is not None and not request.done.done():
+                request.done.set_exception(error)
+        if self._current is not None:
+            self._current.cancel()
 
     async def resize(self, size: int, timeout: float) -> None:
         """Grow the volume to ``size`` bytes."""
@@ -97,12 +108,12 @@ class Volume:
 
     async def _ask(
         self, run: Callable[[], Awaitable[None]], timeout: float, *, gone_is_fine: bool = False,
-        about_the_volume: bool = True,
+        about_the_volume: bool = True, wishes: VolumeSpec | None = None,
     ) -> None:
         if self._over or self.ended:
-            raise self._nothing_left()
+            raise self._nothing_left(wishes)
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._inbox.put_nowait(_Request(run, timeout, done, gone_is_fine, about_the_volume))
+        self._inbox.put_nowait(Request(run, timeout, done, gone_is_fine, about_the_volume, wishes))
         await done
 
     # The task ------------------------------------------------------------------------------------------------
@@ -116,7 +127,7 @@ class Volume:
         """Live until the volume is gone. ``adopt``: an earlier daemon may have left something running."""
         try:
             if adopt:
-                await self._serve(_Request(self._adopt, self._environment.config.attach_timeout, _nobody()))
+                await self._serve(Request(self._adopt, self._environment.config.attach_timeout, nobody()))
             self._running = True
             while not self.ended:
                 self._serving = await self._next()
@@ -132,16 +143,16 @@ class Volume:
                 if request is not None:
                     self._answer_in_vain(request)
 
-    def _answer_in_vain(self, request: _Request) -> None:
+    def _answer_in_vain(self, request: Request) -> None:
         """The actor is over: tell who still waits."""
         if request.done.done():
             return
         if request.gone_is_fine and self.ended:
             request.done.set_result(None)
         else:
-            request.done.set_exception(self._nothing_left())
+            request.done.set_exception(self._nothing_left(request.wishes))
 
-    async def _next(self) -> _Request:
+    async def _next(self) -> Request:
         """Wait for a request, a death (None in the inbox), or the time to look."""
         config = self._environment.config
         try:
@@ -149,9 +160,9 @@ class Volume:
                 request = await self._inbox.get()
         except TimeoutError:
             request = None
-        return request or _Request(self._look, config.attach_timeout, _nobody())
+        return request or Request(self._look, config.attach_timeout, nobody())
 
-    async def _serve(self, request: _Request) -> None:
+    async def _serve(self, request: Request) -> None:
         """Run one request; its failure goes to whoever asked, and never further."""
         self._current = asyncio.create_task(self._bounded(request))
         try:
@@ -163,9 +174,13 @@ class Volume:
             raise
         finally:
             finished, self._current = self._current, None
-        error = _error_of(finished)
-        if error is not None and request.about_the_volume and error.code is not ErrorCode.VOLUME_BUSY:
-            self._fail(error.at(volume=self.spec.name))
+        error = error_of(finished)
+        if error is not None:
+            error.at(volume=self.spec.name)
+            if request.about_the_volume and error.code not in _OF_THE_REQUEST:
+                self._fail(error)
+            if self.ended and self._fresh:
+                self._first_failure = error
         self._next_look = time.monotonic() + self._patience()
         if request.done.done():
             return
@@ -174,7 +189,7 @@ class Volume:
         else:
             request.done.set_exception(error)
 
-    async def _bounded(self, request: _Request) -> None:
+    async def _bounded(self, request: Request) -> None:
         self._blamed = None
         self._deadline = time.monotonic() + request.timeout
         try:
@@ -194,7 +209,7 @@ class Volume:
 
     def _patience(self) -> float:
         """Seconds until the next look if nothing happens: spread, so that 100 volumes do not look at once."""
-        if self.attachment.last_death is not None:
+        if self.attachment.qsd.last_death is not None:
             return 0.0
         if self.state is State.ONLINE:
             return _LOOK_EVERY * random.uniform(0.9, 1.1)
@@ -222,7 +237,7 @@ class Volume:
             return
         if self._adoption_refused:
             return
-        death, self.attachment.last_death = self.attachment.last_death, None
+        death, self.attachment.qsd.last_death = self.attachment.qsd.last_death, None
         if death is not None:
             self.seen = await self.attachment.observe()
             self._settle(working=True)
@@ -233,7 +248,7 @@ class Volume:
 
     def _count_death(self, death: StoragedError) -> None:
         """A death that nobody asked for: the first is repaired at once, repeated ones after a while."""
-        if time.monotonic() - self.attachment.started_at > STABLE_AFTER:
+        if time.monotonic() - self.attachment.qsd.started_at > STABLE_AFTER:
             self._setbacks = 0
         self.failure = death.at(volume=self.spec.name)
         self._set_back()
@@ -244,7 +259,12 @@ class Volume:
         self._setbacks += 1
         self._not_before = time.monotonic() + backoff(self._setbacks)
 
-    async def _attach(self) -> None:
+    async def _attach(self, spec: VolumeSpec) -> None:
+        if spec != self.spec and not await self._means_the_same(spec):
+            raise StoragedError(
+                ErrorCode.VOLUME_EXISTS, "the volume is attached with other wishes", volume=self.spec.name,
+                cause=difference(self.spec, spec), hint="detach it first, or choose another name",
+            )
         if self.goal is Goal.ABSENT:
             raise StoragedError(
                 ErrorCode.VOLUME_BUSY, "the volume is being detached", volume=self.spec.name,
@@ -257,34 +277,45 @@ class Volume:
                 await self._store(Desired(spec=self.spec))
             await self._converge()
         except BaseException as error:
-            self._blamed = self._step
+            step = self._step
             if self._fresh and not self._leaving:
                 if isinstance(error, StoragedError):
                     self._fail(error)
                 await self._undo()
+            self._blamed = step
             raise
         self._fresh = False
+
+    async def _means_the_same(self, spec: VolumeSpec) -> bool:
+        """Whether another spelling of the source, or the transport that ``auto`` took, is all that differs."""
+        record = self.attachment.record
+        if record is not None and spec.transport == record.transport:
+            spec = msgspec.structs.replace(spec, transport=self.spec.transport)
+        if spec == self.spec:
+            return True
+        if msgspec.structs.replace(spec, source=self.spec.source) != self.spec:
+            return False
+        try:
+            return await self.attachment.blocking("compare the sources", 5.0, same_file, spec.source, self.spec.source)
+        except (OSError, StoragedError):
+            return False
 
     async def _undo(self) -> None:
         """Take back a first attach that failed; shielded, because it must end whatever ended the attach."""
         self.goal = Goal.ABSENT
-        task = asyncio.create_task(self._take_down())
+        request = Request(lambda: self._converge(force=True), _UNDO_PATIENCE, nobody())
+        task = asyncio.create_task(self._bounded(request))
         cancelled: asyncio.CancelledError | None = None
         while not task.done():
             try:
                 await asyncio.wait({task})
             except asyncio.CancelledError as error:
                 cancelled = error
-        problem = _error_of(task)
+        problem = error_of(task)
         if problem is not None:
             log.error("cannot take back the failed attach of %s: %s", self.spec.name, problem)
         if cancelled is not None:
             raise cancelled
-
-    async def _take_down(self) -> None:
-        self._deadline = time.monotonic() + _UNDO_PATIENCE
-        async with asyncio.timeout(_UNDO_PATIENCE):
-            await self._converge(force=True)
 
     async def _detach(self, force: bool, notes: list[str]) -> None:
         before, self.goal = self.goal, Goal.ABSENT
@@ -299,6 +330,10 @@ class Volume:
                     raise
                 stored = True
             await self._converge(force=force, notes=notes)
+        except asyncio.CancelledError:
+            if not stored:
+                self.goal = before
+            raise
         except StoragedError as error:
             if not stored:
                 self.goal = before
@@ -350,7 +385,7 @@ class Volume:
                     hint="look into the journal, and report this",
                 )
             self._step = step
-            self._emit("step", _DOING[step])
+            self._emit("step", DOING[step])
             self._environment.fault(f"before {step}")
             left = max(0.1, self._deadline - time.monotonic())
             try:
@@ -397,7 +432,7 @@ class Volume:
             self._was_online = True
             self._ask_after = time.monotonic() + _ASK_EVERY * random.uniform(0.9, 1.1)
             self.failure = None
-            if self._setbacks and time.monotonic() - self.attachment.started_at > STABLE_AFTER:
+            if self._setbacks and time.monotonic() - self.attachment.qsd.started_at > STABLE_AFTER:
                 self._setbacks = 0
         self._set_state(state)
 
@@ -425,47 +460,16 @@ class Volume:
     def _emit(self, kind: str, message: str) -> None:
         self._environment.events.publish(self.spec.name, kind, self.state.value, message)
 
-    def _nothing_left(self) -> StoragedError:
+    def _nothing_left(self, wishes: VolumeSpec | None) -> StoragedError:
+        """What to tell who asked for something of a volume that is gone, or whose actor is."""
         if not self.ended:
             return StoragedError(
                 ErrorCode.INTERNAL, "nobody looks after this volume any more", volume=self.spec.name,
                 cause="its actor ended by a bug, or the daemon is ending; its device goes on working",
                 hint="restart storaged, which takes the volume over again",
             )
-        return self.failure or StoragedError(
+        if self._first_failure is not None and wishes == self.spec:
+            return self._first_failure  # of the attach that it waited for, which wished for the same
+        return StoragedError(
             ErrorCode.NO_SUCH_VOLUME, f"there is no volume {self.spec.name!r} any more", volume=self.spec.name
         )
-
-
-_DOING = {
-    Step.CLEAR: "clearing what a dead export left",
-    Step.START: "starting qemu-storage-daemon",
-    Step.OPEN: "opening the source",
-    Step.EXPORT: "exporting the disk",
-    Step.CONNECT: "setting up the device",
-    Step.PUBLISH: "linking the stable name",
-    Step.DISCONNECT: "flushing and taking the device away",
-    Step.UNPUBLISH: "removing the stable name",
-    Step.STOP: "stopping qemu-storage-daemon",
-    Step.REMOVE: "removing the volume's directory",
-}
-
-
-def _nobody() -> asyncio.Future[None]:
-    """A place for an outcome that nobody asked for."""
-    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    future.set_result(None)
-    return future
-
-
-def _error_of(task: asyncio.Task[None]) -> StoragedError | None:
-    if task.cancelled():
-        return StoragedError(ErrorCode.TIMEOUT, "given up", cause="a detach by force, or the daemon's end, came first")
-    error = task.exception()
-    if error is None or isinstance(error, StoragedError):
-        return error
-    log.error("a bug in the actor of a volume", exc_info=error)
-    return StoragedError(
-        ErrorCode.INTERNAL, "storaged has a bug here", cause=f"{type(error).__name__}: {error}",
-        hint="the journal has the details; please report it",
-    )

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 from typing import Any
 
+from storaged.errors import ErrorCode, StoragedError
 from storaged.host import loop, mounts
 from storaged.model.blockdev import DISK, EXPORT
 from storaged.model.plan import Device
@@ -59,16 +61,14 @@ class FuseTransport:
 
     def observe(self, site: Site, record: Record | None, *, alive: bool) -> Seen:
         """The mount by statx, which asks no FUSE server; the device by sysfs."""
-        mountpoint = self._mountpoint(site)
-        mounted = mounts.is_mount_point(mountpoint)
+        mounted = mounts.is_mount_point(self._mountpoint(site))
         device = Device.NONE
         known = self._loop(record)
-        if known is not None:
-            backing = loop.backing_file(known.path)
-            if backing is not None and loop.diskseq(known.path) == known.diskseq:
-                # After a lazy unmount the kernel no longer shows the path: the device stands on a dead inode.
-                device = Device.HEALTHY if alive and mounted and backing == mountpoint else Device.STALE
-        return Seen(reachable=mounted, device=device, remains=mounted)
+        if known is not None and loop.is_bound(known):
+            # The device holds on to QSD's export by itself. Whether the mount can be seen from here says nothing
+            # about it: somebody may have unmounted it lazily, or it is in another mount namespace.
+            device = Device.HEALTHY if alive else Device.STALE
+        return Seen(reachable=mounted or device is Device.HEALTHY, device=device, remains=mounted)
 
     def find_device(self, site: Site) -> Connected | None:
         """A loop device over the path of the export."""
@@ -98,10 +98,17 @@ class FuseTransport:
     async def disconnect(self, site: Site, record: Record, timeout: float) -> None:
         """Flush, then LOOP_CLR_FD under an O_EXCL descriptor."""
         device = self._loop(record)
-        if device is not None:
+        if device is None:
+            return
+        given_up = threading.Event()
+        try:
             await site.blocking(
-                "take the loop device away", timeout, loop.release, device, read_only=record.spec.read_only
+                "take the loop device away", timeout, loop.release, device, read_only=record.spec.read_only,
+                given_up=given_up,
             )
+        except BaseException:
+            given_up.set()
+            raise
 
     async def disconnect_by_force(
         self, site: Site, record: Record, timeout: float, *, flush: bool
@@ -128,11 +135,13 @@ class FuseTransport:
             devices = loop.find_by_backing(mountpoint)
             if known is not None and known not in devices:
                 devices.append(known)
-            mounts.unmount(mountpoint)
-            return [
+            # The devices first: once the mount is gone, the kernel no longer shows what they stand on.
+            notes = [
                 f"{device.path} fails all I/O and stays until its last user is gone: {user}"
                 for device in devices for user in loop.release_by_force(device)
             ]
+            mounts.unmount(mountpoint)
+            return notes
 
         return await site.blocking("clear what a dead export left", timeout, work)
 
@@ -140,8 +149,13 @@ class FuseTransport:
         """The kernel must ask QSD for the file's size before the loop device can follow."""
 
         def follow() -> None:
-            if mounts.fresh_size(self._mountpoint(site)) == size and record.device is not None:
-                loop.update_size(record.device)
+            seen = mounts.fresh_size(self._mountpoint(site))
+            if seen != size or record.device is None:
+                raise StoragedError(
+                    ErrorCode.DEVICE_FAILED, "the image has grown, but its device cannot follow",
+                    cause=f"the host sees {seen} bytes of it", hint="detach the volume and attach it again",
+                )
+            loop.update_size(record.device)
 
         await site.blocking("resize the loop device", timeout, follow)
 

@@ -15,6 +15,7 @@ import pytest
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host.chain import MAX_CHAIN, ImageFile, inspect_chain
 from storaged.model.formats import Format
+from tests.harness import luks_image
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-img is not installed")
 
@@ -98,8 +99,8 @@ def test_a_vhdx_image_is_taken_without_its_size(tmp_path: Path) -> None:
 
 
 def test_a_luks_image_is_taken_without_its_size(tmp_path: Path) -> None:
-    secret = ("--object", "secret,id=key,data=geheim", "-o", "key-secret=key")
-    (image,) = inspect(create(tmp_path / "disk", "luks", *secret), "luks")
+    (tmp_path / "key").write_text("geheim")
+    (image,) = inspect(luks_image(tmp_path / "disk", tmp_path / "key"), "luks")
     assert image.virtual_size is None
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from storaged.errors import ErrorCode
+from storaged.errors import ErrorCode, StoragedError
 from storaged.model.plan import Step
 from tests.harness import Daemon, error_of, eventually, image, leftovers, mounted, reads, run, writes
 
@@ -319,21 +322,102 @@ def test_two_daemons_cannot_run_in_one_root(daemon: Daemon) -> None:
     assert daemon.answers()
 
 
-def test_an_export_whose_mount_somebody_took_away_is_set_up_again_by_an_attach(daemon: Daemon, place: Path) -> None:
+def test_a_mount_of_the_export_that_somebody_took_away_leaves_the_device_alone(
+    daemon: Daemon, place: Path
+) -> None:
     source = image(place / "a.raw", "raw")
-    device, qsd = daemon.device("a", source), daemon.qsd("a")
-    writes(device, 0, PATTERN)
-    diskseq = Path(f"/sys/block/{Path(device).name}/diskseq")
-    former = diskseq.read_text()
-    run("umount", "-l", Path(daemon.layout.volume_dir("a")) / "disk")
-    fresh = daemon.device("a", source)
-    assert daemon.online("a")
-    assert daemon.qsd("a") == qsd
-    assert os.readlink(daemon.layout.link("a")) == fresh
-    assert reads(fresh, 0, len(PATTERN)) == PATTERN
-    writes(fresh, len(PATTERN), PATTERN)
-    assert one_of_everything(daemon)
-    # After a lazy unmount the kernel no longer shows whose device the old one was.
-    assert not diskseq.with_name("loop").exists() or diskseq.read_text() != former
+    before = daemon.attach("a", source)
+    run("mkfs.ext4", "-q", before["device"])
+    with mounted(str(before["device"]), place / "mnt") as directory:
+        run("umount", "-l", Path(daemon.layout.volume_dir("a")) / "disk")
+        daemon.attach("a", source)
+        after = daemon.show("a")
+        assert [after[key] for key in ("device", "qsd_pid")] == [before[key] for key in ("device", "qsd_pid")]
+        (directory / "file").write_bytes(PATTERN)
+        run("sync", directory / "file")
+        assert error_of(lambda: daemon.detach("a")).code is ErrorCode.DEVICE_IN_USE
     daemon.detach("a")
-    assert source.read_bytes()[: 2 * len(PATTERN)] == 2 * PATTERN
+    assert leftovers(daemon.root) == []
+    run("fsck.ext4", "-fn", source)
+
+
+def test_a_daemon_in_a_mount_namespace_of_its_own_hands_its_volumes_on(stopped: Daemon, place: Path) -> None:
+    stopped.start(command=["unshare", "-m", "--propagation", "private"])
+    source = image(place / "a.raw", "raw")
+    device = stopped.device("a", source)
+    run("mkfs.ext4", "-q", device)
+    with mounted(device, place / "mnt") as directory:
+        stopped.stop()
+        stopped.start()
+        eventually(lambda: stopped.online("a"), "adopted")
+        assert stopped.show("a")["device"] == device
+        (directory / "file").write_bytes(PATTERN)
+        run("sync", directory / "file")
+    stopped.detach("a")
+
+
+def test_a_source_that_was_replaced_while_qsd_was_down_is_not_opened_in_its_place(
+    daemon: Daemon, place: Path
+) -> None:
+    source = image(place / "a.raw", "raw")
+    writes(daemon.device("a", source), 0, PATTERN)
+    source.rename(place / "moved")
+    image(source, "raw")
+    daemon.kill_qsd("a")
+    eventually(lambda: daemon.show("a")["state"] == "failed", "refused")
+    assert daemon.show("a")["failure"]["code"] == "source-changed"
+    source.unlink()
+    (place / "moved").rename(source)
+    eventually(lambda: daemon.online("a"), "the old one is back")
+    assert reads(str(daemon.show("a")["device"]), 0, len(PATTERN)) == PATTERN
+
+
+def test_a_storm_of_deaths_and_requests_ends_in_order(daemon: Daemon, place: Path) -> None:
+    """Attach, detach, kill -9 of QSDs and of the daemon, all at once; then everything is as the last one wished."""
+    names = [f"v{number}" for number in range(6)]
+    for name in names:
+        image(place / name, "raw")
+    dice = random.Random(20)
+    until = time.monotonic() + 15
+    while time.monotonic() < until:
+        clients = [
+            subprocess.Popen(
+                [*daemon.cli_command(), *dice.choice([["attach", name, str(place / name)], ["detach", name]])],
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )
+            for name in dice.sample(names, 4)
+        ]
+        time.sleep(dice.uniform(0, 0.15))  # the storm is what is tested: no event to wait for
+        for _ in range(2):
+            pid = dice.choice([*qsd_processes(daemon.root), 0])
+            if pid:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        if dice.random() < 0.3:
+            daemon.kill()
+            daemon.start()
+        for client in clients:
+            client.wait(60)
+    for name in names:
+        attach_in_the_end(daemon, name, place / name)
+    for name in names:
+        writes(str(daemon.show(name)["device"]), 0, PATTERN)
+        daemon.detach(name)
+    assert leftovers(daemon.root) == []
+
+
+def attach_in_the_end(daemon: Daemon, name: str, source: Path) -> None:
+    """Attach; a QSD that was killed a moment ago may make the first try fail."""
+
+    def attached() -> bool:
+        with suppress(StoragedError):
+            daemon.attach(name, source)
+            return daemon.online(name)
+        return False
+
+    eventually(attached, f"{name} is attached", 60)
+
+
+def qsd_processes(root: Path) -> list[int]:
+    """The QSDs of a daemon below ``root``."""
+    return [int(line.split()[1]) for line in leftovers(root) if line.startswith("process ")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -130,7 +131,7 @@ def test_a_request_that_is_refused_says_nothing_about_the_volume(daemon: Daemon,
     assert daemon.show("a") == before
 
 
-def test_detach_refuses_while_device_mapper_or_md_holds_the_device(daemon: Daemon, place: Path) -> None:
+def test_detach_refuses_while_something_holds_the_device_exclusively(daemon: Daemon, place: Path) -> None:
     device = daemon.device("a", image(place / "a.raw", "raw"))
     if has_device_mapper():
         run("dmsetup", "create", f"sd-{os.getpid()}", "--table", f"0 2048 linear {device} 0")
@@ -360,6 +361,139 @@ def test_a_wrong_passphrase_is_said(daemon: Daemon, place: Path) -> None:
         refuses(
             daemon, ErrorCode.OPEN_FAILED, place / "a", format="luks", options={"key-file": f"{place}/{name}"}
         )
+
+
+def test_a_partition_and_its_disk_and_its_file_are_one_source(daemon: Daemon, place: Path) -> None:
+    source = image(place / "disk.raw", "raw")
+    run("sfdisk", "-q", source, stdin="label: gpt\n,16M\n,16M\n")
+    loop = run("losetup", "-f", "--show", "-P", source).stdout.strip()
+    try:
+        if not os.path.exists(f"{loop}p1"):
+            run("partx", "-a", loop)
+        for first, second in ((f"{loop}p1", source), (f"{loop}p1", loop), (loop, f"{loop}p1")):
+            daemon.attach("first", first)
+            refuses(daemon, ErrorCode.SOURCE_IN_USE, second)
+            refuses(daemon, ErrorCode.SOURCE_IN_USE, second, snapshot=True)
+            daemon.detach("first")
+        daemon.attach("first", loop, snapshot=True)
+        refuses(daemon, ErrorCode.SOURCE_IN_USE, f"{loop}p1")
+        daemon.attach("reader", f"{loop}p1", read_only=True)
+        daemon.detach("reader")
+        daemon.detach("first")
+    finally:
+        run("losetup", "-d", loop)
+
+
+def test_what_somebody_else_can_write_to_is_not_read_either(daemon: Daemon, place: Path) -> None:
+    source = image(place / "disk.raw", "raw")
+    run("mkfs.ext4", "-q", source)
+    loop = run("losetup", "-f", "--show", source).stdout.strip()
+    try:
+        for snapshot in (True, False):
+            refuses(daemon, ErrorCode.SOURCE_IN_USE, source, snapshot=snapshot, read_only=not snapshot)
+            with mounted(loop, place / "mnt"):
+                refuses(daemon, ErrorCode.SOURCE_IN_USE, loop, snapshot=snapshot, read_only=not snapshot)
+    finally:
+        run("losetup", "-d", loop)
+
+
+def test_a_source_that_hangs_does_not_keep_its_volume_from_being_detached(stopped: Daemon, place: Path) -> None:
+    """The source is a file of a filesystem whose server hangs: QSD's own FUSE export of another image."""
+    with_config(stopped, "attach_timeout = 2.0\n")
+    stopped.start()
+    lower = Daemon(place / "lower")
+    lower.root.mkdir()
+    lower.start()
+    lower.attach("base", image(place / "base.raw", "raw"))
+    server = lower.qsd("base")
+    # By another path than the one that the loop device of "base" stands on, which would be found in use.
+    exported = place / "exported"
+    exported.touch()
+    run("mount", "--bind", Path(lower.layout.volume_dir("base")) / "disk", exported)
+    try:
+        stopped.attach("a", exported)
+        pid = stopped.qsd("a")
+        stopped.kill()
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda: not Path(f"/proc/{pid}").exists(), "gone")
+        os.kill(server, signal.SIGSTOP)
+        stopped.start()
+        eventually(lambda: stopped.show("a")["state"] == "failed", "it cannot come up")
+        error_of(lambda: stopped.attach("a", exported))
+        error_of(lambda: stopped.attach("a", exported))
+        stopped.detach("a", force=True)
+        assert stopped.names() == []
+    finally:
+        os.kill(server, signal.SIGCONT)
+        run("umount", exported)
+        lower.end()
+
+
+def test_a_detach_by_force_does_not_wait_behind_others(daemon: Daemon, place: Path) -> None:
+    device = daemon.device("a", image(place / "a.raw", "raw"))
+    with open(device, "r+b", buffering=0) as file:
+        file.write(bytes(4096))
+    os.kill(daemon.qsd("a"), signal.SIGSTOP)
+    waiting = [
+        subprocess.Popen([*daemon.cli_command(), "detach", "a", "--timeout", "3600"], stderr=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    begin = time.monotonic()
+    daemon.cli("detach", "a", "--force")
+    assert time.monotonic() - begin < 25
+    for client in waiting:
+        assert client.wait(20) in (0, 1)
+        assert client.stderr is not None
+        client.stderr.close()
+
+
+def test_a_flush_that_ends_late_does_not_take_the_device_away(daemon: Daemon, place: Path) -> None:
+    source = image(place / "a.raw", "raw")
+    device = daemon.device("a", source)
+    with open(device, "r+b", buffering=0) as file:
+        file.write(b"late" * 1024)
+    qsd = daemon.qsd("a")
+    os.kill(qsd, signal.SIGSTOP)
+    assert error_of(lambda: daemon.detach("a", timeout=7.0)).code in (ErrorCode.TIMEOUT, ErrorCode.HOST_STUCK)
+    assert error_of(lambda: daemon.detach("a", timeout=7.0)).code in (ErrorCode.TIMEOUT, ErrorCode.HOST_STUCK)
+    os.kill(qsd, signal.SIGCONT)
+    # What was asked for last was a detach: now that the storage answers, it is finished, in order.
+    eventually(lambda: daemon.names() == [], "detached", 60)
+    assert leftovers(daemon.root) == []
+    assert source.read_bytes()[:4096] == b"late" * 1024
+
+
+def test_an_attach_right_after_a_detach_is_a_new_attach(daemon: Daemon, place: Path) -> None:
+    source = image(place / "a.raw", "raw")
+    for _ in range(20):
+        daemon.attach("a", source)
+        with subprocess.Popen([*daemon.cli_command(), "detach", "a"], stderr=subprocess.DEVNULL) as detaching:
+            done = daemon.cli("attach", "a", str(source))
+            assert done.stdout.startswith("/dev/loop")
+            detaching.wait(20)
+        with suppress(StoragedError):
+            daemon.detach("a")
+
+
+def test_the_same_wishes_in_other_words_are_the_same(daemon: Daemon, place: Path) -> None:
+    source = image(place / "a.raw", "raw")
+    (place / "sub").mkdir()
+    device = daemon.device("a", source)
+    for spelling in (f"file:{source}", f"{place}/sub/../a.raw"):
+        assert daemon.device("a", spelling) == device
+    assert daemon.device("a", source, options={"cache": "writeback"}) == device
+    assert daemon.device("a", source, transport="fuse") == device
+    assert error_of(lambda: daemon.attach("a", place / "missing")).code is ErrorCode.VOLUME_EXISTS
+
+
+def test_a_source_whose_name_is_no_utf8_is_refused(daemon: Daemon, place: Path) -> None:
+    odd = os.fsencode(place) + b"/odd\xff.raw"
+    with open(odd, "wb") as file:
+        file.truncate(1 << 20)
+    done = subprocess.run([*daemon.cli_command(), "attach", "a", odd], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1
+    assert "invalid-argument" in done.stderr
+    assert "UTF-8" in done.stderr
 
 
 # Backing files -----------------------------------------------------------------------------------------------------

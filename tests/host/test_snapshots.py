@@ -175,3 +175,61 @@ def test_the_overlay_of_a_volume_whose_entry_is_damaged_is_kept_until_the_user_d
     daemon.start()
     eventually(lambda: daemon.online("a"), "attached again")
     assert reads(str(daemon.show("a")["device"]), 0, len(PATTERN)) == PATTERN
+
+
+def test_an_overlay_that_is_gone_is_never_made_anew(daemon: Daemon, place: Path) -> None:
+    source = image(place / "base.raw", "raw")
+    writes(daemon.device("a", source, snapshot=True), 0, PATTERN)
+    overlay = Path(str(daemon.show("a")["overlay"]))
+    overlay.rename(place / "elsewhere")
+    daemon.kill_qsd("a")
+    eventually(lambda: daemon.show("a")["state"] == "failed", "refused")
+    assert daemon.show("a")["failure"]["code"] == "source-missing"
+    overlay.write_bytes(bytes(1 << 20))  # another file is not it
+    assert "replaced" in error_of(lambda: daemon.attach("a", source, snapshot=True)).message
+    overlay.unlink()
+    run("cp", "-a", place / "elsewhere", overlay)  # nor is a copy
+    assert "replaced" in error_of(lambda: daemon.attach("a", source, snapshot=True)).message
+    (place / "elsewhere").rename(overlay)
+    daemon.attach("a", source, snapshot=True)
+    assert reads(str(daemon.show("a")["device"]), 0, len(PATTERN)) == PATTERN
+
+
+def test_an_overlay_is_not_opened_over_a_source_that_changed(daemon: Daemon, place: Path) -> None:
+    source = image(place / "base.raw", "raw")
+    writes(daemon.device("a", source, snapshot=True), 0, PATTERN)
+    qsd = daemon.qsd("a")
+    daemon.kill()
+    os.kill(qsd, signal.SIGKILL)
+    other = Daemon(place / "other")
+    other.root.mkdir()
+    other.start()
+    try:
+        eventually(lambda: not Path(f"/proc/{qsd}").exists(), "gone")
+        writes(other.device("b", source), 1 << 20, PATTERN)
+    finally:
+        other.end()
+    daemon.start()
+    eventually(lambda: daemon.show("a")["state"] == "failed", "refused")
+    assert daemon.show("a")["failure"]["code"] == "source-changed"
+
+
+@pytest.mark.parametrize("planted", ["file", "link"])
+def test_what_lies_in_the_way_of_an_overlay_is_not_opened(daemon: Daemon, place: Path, planted: str) -> None:
+    source = image(place / "base.raw", "raw")
+    (place / "fast").mkdir()
+    device = daemon.attach("a", source, snapshot=True, snapshot_dir=str(place / "fast"))
+    overlay = Path(str(device["overlay"]))
+    daemon.detach("a")
+    victim = image(place / "victim", "qcow2", "8M")
+    before = victim.read_bytes()
+    if planted == "link":
+        overlay.symlink_to(victim)
+    else:
+        run("qemu-img", "create", "-q", "-f", "qcow2", "-o", f"data_file={victim},data_file_raw=on", overlay, "8M")
+    error = error_of(lambda: daemon.attach("a", source, snapshot=True, snapshot_dir=str(place / "fast")))
+    assert error.code is ErrorCode.INVALID_ARGUMENT
+    assert str(overlay) in error.message
+    assert os.path.lexists(overlay)
+    assert planted == "file" or victim.read_bytes() == before
+    assert daemon.names() == []

@@ -123,6 +123,22 @@ def test_when_the_device_answers_again_calls_are_taken_again(sick: threading.Eve
     asyncio.run(run())
 
 
+def test_calls_that_hang_are_counted_until_they_end_and_calls_under_way_are_not(sick: threading.Event) -> None:
+    async def run() -> None:
+        calls = BlockingCalls("a")
+        under_way = asyncio.ensure_future(calls("wait", 5, sick.wait, 5))
+        await asyncio.sleep(0.01)
+        assert calls.stuck == 0
+        for count in range(1, MAX_STUCK):
+            await stuck(calls("wait", 0.01, sick.wait, 5))
+            assert calls.stuck == count
+        sick.set()
+        assert await under_way
+        await eventually(lambda: calls.stuck == 0)
+
+    asyncio.run(run())
+
+
 def test_calls_that_fail_do_not_count_as_stuck() -> None:
     async def run() -> None:
         calls = BlockingCalls("a")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from storaged.errors import ErrorCode, StoragedError
-from storaged.host.locks import lock_path, take_lock
+from storaged.host.locks import claim_block_device, lock_path, refuse_claimed, take_lock
 
 IDENTITY = "file:2049:12"
 
@@ -112,3 +113,48 @@ def test_only_root_can_look_and_no_link_is_followed(place: str, opened: list[int
     with pytest.raises(OSError, match="symbolic links"):
         take_lock(place, "file:6:6", exclusive=True, owner="a")
     assert victim.read_text() == "precious"
+
+
+# Claims. (Real devices that are mounted: see tests/host.)
+
+every_claim = pytest.mark.parametrize("claim", [claim_block_device, refuse_claimed])
+
+
+@every_claim
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(errno.EBUSY, ErrorCode.SOURCE_IN_USE), (errno.EIO, ErrorCode.OPEN_FAILED), (errno.EACCES, ErrorCode.OPEN_FAILED)],
+)
+def test_a_device_that_somebody_claimed_is_in_use_and_any_other_failure_is_told_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, claim: Callable[[str], object], number: int, code: ErrorCode
+) -> None:
+    flags: list[int] = []
+
+    def fails(_: str, how: int) -> int:
+        flags.append(how)
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", fails)
+        with pytest.raises(StoragedError) as caught:
+            claim("/dev/sdx")
+    assert caught.value.code is code
+    assert "/dev/sdx" in str(caught.value)
+    assert caught.value.cause == os.strerror(number)
+    assert caught.value.hint
+    assert flags[0] & os.O_EXCL
+    assert flags[0] & os.O_ACCMODE == (os.O_RDWR if claim is claim_block_device else os.O_RDONLY)
+
+
+@every_claim
+def test_a_device_that_is_gone_cannot_be_opened(tmp_path: Path, claim: Callable[[str], object]) -> None:
+    with pytest.raises(StoragedError) as caught:
+        claim(str(tmp_path / "missing"))
+    assert caught.value.code is ErrorCode.OPEN_FAILED
+
+
+def test_looking_whether_it_is_claimed_holds_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    before = os.listdir("/proc/self/fd")
+    refuse_claimed(str(tmp_path / "a"))
+    assert os.listdir("/proc/self/fd") == before

@@ -7,20 +7,28 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import msgspec
 import pytest
 
 from storaged.errors import ErrorCode, StoragedError
 from storaged.model.config import Config
+from storaged.model.formats import Format
 from storaged.model.layout import Layout
-from storaged.model.spec import Desired, VolumeSpec
+from storaged.model.plan import Observed, Step
+from storaged.model.record import Record
+from storaged.model.spec import DEFAULTS, Desired, VolumeSpec
+from storaged.model.states import State
 from storaged.store.base import Loaded, Store
 from storaged.store.local import LocalStore
+from storaged.supervisor.attachment import Attachment
 from storaged.supervisor.environment import Environment
 from storaged.supervisor.events import EventHub
 from storaged.supervisor.manager import Manager
 from storaged.supervisor.volume import Volume
+from tests.contract.memory_store import MemoryStore
+from tests.unit.world import do, qsd_dies
 
 
 class FailingStore:
@@ -233,3 +241,292 @@ def test_a_detach_that_waits_for_an_actor_that_ends_by_a_bug_is_not_told_that_th
         assert (await detach).code is ErrorCode.INTERNAL
 
     with_manager(tmp_path, full(), work)
+
+
+# With a world that does what it is told
+
+
+class World(Attachment):
+    """A null attachment: each step does what it does in the model, and waits at its gate; those of the first one
+    that was made fail as they are told."""
+
+    made: ClassVar[list[World]] = []
+    gates: ClassVar[dict[Step, asyncio.Event]] = {}
+    failing: ClassVar[dict[Step, StoragedError]] = {}
+
+    def __init__(self, spec: VolumeSpec, environment: Environment, wake: Callable[[], None]) -> None:
+        super().__init__(spec, environment, wake)
+        self.steps: list[Step] = []
+        self._wake_actor = wake
+        self._world = Observed()
+        World.made.append(self)
+
+    async def observe(self) -> Observed:
+        return self._world
+
+    def looks_well(self) -> bool:
+        return True
+
+    async def perform(self, step: Step, *, timeout: float, force: bool) -> None:
+        self.steps.append(step)
+        if step in World.gates and not force:
+            await World.gates[step].wait()
+        if step in World.failing and self is World.made[0]:
+            raise World.failing[step]
+        if step is Step.START:
+            self.record = Record(spec=self.spec, transport="fuse", transport_reason="auto", binary="")
+        self._world = do(step, self._world)
+
+    def dies(self) -> None:
+        self._world = qsd_dies(self._world)
+        self.qsd.last_death = StoragedError(ErrorCode.QSD_DIED, "it died")
+        self._wake_actor()
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> type[World]:
+    for attribute in (World.made, World.gates, World.failing):
+        attribute.clear()
+    monkeypatch.setattr("storaged.supervisor.volume.Attachment", World)
+    return World
+
+
+async def reaches(world: type[World], step: Step, number: int = -1) -> None:
+    async with asyncio.timeout(3):
+        while not world.made or step not in world.made[number].steps:  # noqa: ASYNC110 -- set from no coroutine of ours
+            await asyncio.sleep(0.001)
+
+
+async def settled() -> None:
+    """Everything that can go on without us has."""
+    await asyncio.sleep(0.05)
+
+
+def other_wishes(spec: VolumeSpec) -> VolumeSpec:
+    return msgspec.structs.replace(spec, read_only=True)
+
+
+def same_wishes(spec: VolumeSpec) -> VolumeSpec:
+    return spec
+
+
+@pytest.mark.parametrize("wishes", [same_wishes, other_wishes])
+@pytest.mark.parametrize("step", [Step.DISCONNECT, Step.STOP, Step.REMOVE])
+def test_an_attach_that_meets_a_detach_becomes_a_new_attach(
+    tmp_path: Path, spec: VolumeSpec, world: type[World], wishes: Callable[[VolumeSpec], VolumeSpec], step: Step
+) -> None:
+    store = MemoryStore()
+
+    async def work(manager: Manager) -> None:
+        old = await manager.attach(spec, None)
+        gate = world.gates[step] = asyncio.Event()
+        detach = asyncio.create_task(manager.detach("a", force=False, timeout=None))
+        await reaches(world, step)
+        attaches = [asyncio.create_task(manager.attach(wishes(spec), None)) for _ in range(3)]
+        await settled()
+        assert not any(task.done() for task in (detach, *attaches))
+        gate.set()
+        assert await detach == []
+        volumes = await asyncio.gather(*attaches)
+        assert manager.volumes() == [volumes[0]]
+        assert set(volumes) == {volumes[0]} != {old}
+        assert (volumes[0].state, volumes[0].spec) == (State.ONLINE, wishes(spec))
+        assert store.load().volumes == {"a": Desired(spec=wishes(spec))}
+        assert len(world.made) == 2
+
+    with_manager(tmp_path, store, work)
+
+
+def test_an_attach_right_after_a_detach_was_answered_or_in_its_last_moment_is_a_new_one(
+    tmp_path: Path, spec: VolumeSpec, world: type[World]
+) -> None:
+    async def work(manager: Manager) -> None:
+        for pauses in range(30):
+            await manager.attach(spec, None)
+            detach = asyncio.create_task(manager.detach("a", force=False, timeout=None))
+            await reaches(world, Step.REMOVE)
+            for _ in range(pauses):
+                await asyncio.sleep(0)
+            assert (await manager.attach(spec, None)).state is State.ONLINE
+            await detach
+            await manager.detach("a", force=False, timeout=None)
+            assert (manager.volumes(), manager.actors()) == ([], [])
+
+    with_manager(tmp_path, MemoryStore(), work)
+
+
+def test_an_attach_that_meets_a_detach_does_not_get_a_failure_of_the_past(
+    tmp_path: Path, spec: VolumeSpec, world: type[World]
+) -> None:
+    async def work(manager: Manager) -> None:
+        await manager.attach(spec, None)
+        world.failing[Step.STOP] = StoragedError(ErrorCode.QSD_SILENT, "it does not die")
+        assert (await refused(manager.detach("a", force=False, timeout=None))).code is ErrorCode.QSD_SILENT
+        world.failing.clear()
+        gate = world.gates[Step.REMOVE] = asyncio.Event()
+        detach = asyncio.create_task(manager.detach("a", force=False, timeout=None))
+        await reaches(world, Step.REMOVE)
+        attach = asyncio.create_task(manager.attach(spec, None))
+        await settled()
+        gate.set()
+        assert await detach == []
+        assert (await attach).state is State.ONLINE
+
+    with_manager(tmp_path, MemoryStore(), work)
+
+
+def test_who_waits_with_other_wishes_does_not_get_the_failure_of_those_that_came_first(
+    tmp_path: Path, spec: VolumeSpec, world: type[World]
+) -> None:
+    async def work(manager: Manager) -> None:
+        gate = world.gates[Step.OPEN] = asyncio.Event()
+        world.failing[Step.OPEN] = StoragedError(ErrorCode.WRONG_FORMAT, "that source is no good")
+        first = asyncio.create_task(refused(manager.attach(spec, None)))
+        await reaches(world, Step.OPEN)
+        other = asyncio.create_task(manager.attach(other_wishes(spec), None))
+        same = asyncio.create_task(refused(manager.attach(spec, None)))
+        await settled()
+        gate.set()
+        assert (await first).code is ErrorCode.WRONG_FORMAT
+        await asyncio.wait({other, same})
+        assert (await same).code is ErrorCode.WRONG_FORMAT
+        assert (await other).state is State.ONLINE
+
+    with_manager(tmp_path, MemoryStore(), work)
+
+
+def test_an_attach_meets_a_detach_that_failed_and_is_told_so(
+    tmp_path: Path, spec: VolumeSpec, world: type[World]
+) -> None:
+    async def work(manager: Manager) -> None:
+        await manager.attach(spec, None)
+        world.failing[Step.STOP] = StoragedError(ErrorCode.QSD_SILENT, "it does not die")
+        await refused(manager.detach("a", force=False, timeout=None))
+        error = await refused(manager.attach(spec, None))
+        assert (error.code, bool(error.hint)) == (ErrorCode.VOLUME_BUSY, True)
+        world.failing.clear()
+
+    with_manager(tmp_path, MemoryStore(), work)
+
+
+def test_an_attach_after_a_refused_detach_finds_the_volume_as_it_was(
+    tmp_path: Path, spec: VolumeSpec, world: type[World]
+) -> None:
+    store = MemoryStore()
+
+    async def work(manager: Manager) -> None:
+        volume = await manager.attach(spec, None)
+        world.failing[Step.DISCONNECT] = StoragedError(ErrorCode.DEVICE_IN_USE, "it is mounted")
+        gate = world.gates[Step.DISCONNECT] = asyncio.Event()
+        detach = asyncio.create_task(refused(manager.detach("a", force=False, timeout=None)))
+        await reaches(world, Step.DISCONNECT)
+        attach = asyncio.create_task(manager.attach(spec, None))
+        await settled()
+        gate.set()
+        assert (await detach).code is ErrorCode.DEVICE_IN_USE
+        assert await attach is volume
+        assert store.load().volumes == {"a": Desired(spec=spec)}
+
+    with_manager(tmp_path, store, work)
+
+
+# The same wish, and others
+
+
+def test_other_wishes_are_refused_with_what_differs_and_change_nothing(
+    tmp_path: Path, spec: VolumeSpec, world: type[World]
+) -> None:
+    store = MemoryStore()
+
+    async def work(manager: Manager) -> None:
+        volume = await manager.attach(spec, None)
+        steps = list(world.made[0].steps)
+        for change in (
+            {"read_only": True}, {"persist": True}, {"options": {"cache": "none"}}, {"source": "/nosuch"},
+            {"snapshot": True}, {"format": Format.QCOW2},
+        ):
+            error = await refused(manager.attach(msgspec.structs.replace(spec, **change), None))
+            assert (error.code, bool(error.hint)) == (ErrorCode.VOLUME_EXISTS, True)
+            assert next(iter(change)) in error.cause
+        assert (volume.state, volume.failure, volume.spec) == (State.ONLINE, None, spec)
+        assert world.made[0].steps == steps
+        assert store.load().volumes == {"a": Desired(spec=spec)}
+
+    with_manager(tmp_path, store, work)
+
+
+def test_other_wishes_for_a_volume_in_trouble_do_not_cover_what_its_trouble_is(
+    tmp_path: Path, spec: VolumeSpec, world: type[World]
+) -> None:
+    async def work(manager: Manager) -> None:
+        volume = await manager.attach(spec, None)
+        world.failing[Step.START] = StoragedError(ErrorCode.SOURCE_MISSING, "the source is gone")
+        world.made[0].dies()
+        assert (await refused(manager.attach(spec, None))).code is ErrorCode.SOURCE_MISSING
+        before = (volume.state, volume.failure)
+        assert (await refused(manager.attach(other_wishes(spec), None))).code is ErrorCode.VOLUME_EXISTS
+        assert (volume.state, volume.failure) == before
+
+    with_manager(tmp_path, MemoryStore(), work)
+
+
+def test_the_same_wish_in_other_words_is_the_same(tmp_path: Path, spec: VolumeSpec, world: type[World]) -> None:
+    (tmp_path / "link").symlink_to(spec.source)
+
+    async def work(manager: Manager) -> None:
+        volume = await manager.attach(spec, None)
+        for change in (
+            {"source": f"file:{spec.source}"}, {"source": str(tmp_path / "link")}, {"options": dict(DEFAULTS)},
+            {"transport": "fuse"}, {"transport": "fuse", "source": str(tmp_path / "link")},
+        ):
+            assert await manager.attach(msgspec.structs.replace(spec, **change), None) is volume
+        assert volume.spec == spec
+
+    with_manager(tmp_path, MemoryStore(), work)
+
+
+# By force
+
+
+def test_a_detach_by_force_comes_before_all_that_is_under_way_or_waits(
+    tmp_path: Path, spec: VolumeSpec, world: type[World]
+) -> None:
+    async def work(manager: Manager) -> None:
+        await manager.attach(spec, None)
+        world.gates[Step.DISCONNECT] = asyncio.Event()
+        waiting = [asyncio.create_task(refused(manager.detach("a", force=False, timeout=None)))]
+        await reaches(world, Step.DISCONNECT)
+        waiting += [
+            asyncio.create_task(refused(call))
+            for call in (
+                manager.attach(spec, None), manager.resize("a", 1 << 21, None),
+                manager.detach("a", force=False, timeout=None), manager.attach(other_wishes(spec), None),
+            )
+        ]
+        await settled()
+        assert await manager.detach("a", force=True, timeout=None) == []
+        for task in waiting:
+            error = await task
+            assert (error.code, bool(error.hint)) == (ErrorCode.VOLUME_BUSY, True)
+        await is_free(manager)
+
+    with_manager(tmp_path, MemoryStore(), work)
+
+
+def test_a_detach_by_force_ends_a_first_attach_and_leaves_nothing(
+    tmp_path: Path, spec: VolumeSpec, world: type[World]
+) -> None:
+    store = MemoryStore()
+
+    async def work(manager: Manager) -> None:
+        world.gates[Step.OPEN] = asyncio.Event()
+        attaches = [asyncio.create_task(refused(manager.attach(spec, None))) for _ in range(2)]
+        await reaches(world, Step.OPEN)
+        assert await manager.detach("a", force=True, timeout=None) == []
+        assert [(await attach).code for attach in attaches] == [ErrorCode.VOLUME_BUSY] * 2
+        await is_free(manager)
+        assert store.load().volumes == {}
+        world.gates.clear()
+        assert (await manager.attach(spec, None)).state is State.ONLINE
+
+    with_manager(tmp_path, store, work)

@@ -9,7 +9,7 @@ import pytest
 
 from storaged.errors import ErrorCode, StoragedError
 from storaged.model.formats import Format
-from storaged.model.spec import COMMON_OPTIONS, VolumeSpec, check_spec
+from storaged.model.spec import COMMON_OPTIONS, DEFAULTS, VolumeSpec, check_spec, without_defaults
 
 KNOWN = frozenset({"aio"})
 
@@ -63,6 +63,15 @@ def test_what_makes_sense_is_accepted(wishes: dict[str, Any]) -> None:
         {"options": {"aio": "thr\0eads"}},
         {"snapshot": True, "snapshot_dir": "/fast\0"},
         {"format": Format.LUKS, "options": {"key-file": "/etc/key\0"}},
+        {"source": "/images/\udcff"},
+        {"options": {"aio": "\udcff"}},
+        {"options": {"\udcff": "1"}},
+        {"options": {"backing": "allow:/\udcff"}},
+        {"options": {"backing": "allow:\udcff"}},
+        {"options": {"cache": "\udcff"}},
+        {"snapshot": True, "snapshot_dir": "/\ud800"},
+        {"snapshot": True, "snapshot_dir": "\ud800"},
+        {"format": Format.LUKS, "options": {"key-file": "/etc/\udcff"}},
     ],
     ids=str,
 )
@@ -72,6 +81,7 @@ def test_what_makes_none_is_refused_with_the_volume_and_a_hint(wishes: dict[str,
     assert caught.value.code is ErrorCode.INVALID_ARGUMENT
     assert caught.value.volume == "web1"
     assert caught.value.hint
+    assert f"{caught.value} {caught.value.hint}".encode()  # it can be logged, and sent to the client
 
 
 def test_the_name_is_checked_too() -> None:
@@ -118,3 +128,35 @@ def test_two_requests_mean_the_same_when_nothing_differs() -> None:
     assert spec(options={"cache": "none", "aio": "threads"}) == spec(options={"aio": "threads", "cache": "none"})
     for change in ({"source": "/b"}, {"read_only": True}, {"persist": True}, {"options": {"cache": "none"}}):
         assert msgspec.structs.replace(spec(), **change) != spec()
+
+
+def test_letters_of_all_kinds_are_welcome() -> None:
+    check_spec(spec(source="/images/ä \U0001f4be", snapshot=True, snapshot_dir="/schnell/größer"), KNOWN)
+
+
+def test_a_default_that_is_said_means_the_same_as_one_that_is_not() -> None:
+    assert without_defaults(spec(options=dict(DEFAULTS))) == spec()
+    for key, value in DEFAULTS.items():
+        assert without_defaults(spec(options={key: value, "snapshot-size": "1G"})) == spec(
+            options={"snapshot-size": "1G"}
+        )
+        check_spec(spec(options={key: value}), KNOWN)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"cache": "none"}, {"cache": ""}, {"aio": "native", "cache": "none"}, {"logical-block-size": "4096"},
+        {"no-such": "writeback"}, {"cache": "threads"},
+    ],
+    ids=str,
+)
+def test_what_is_no_default_stays(options: dict[str, str]) -> None:
+    wanted = spec(options=options, persist=True, read_only=True)
+    assert without_defaults(wanted) == wanted
+
+
+def test_leaving_defaults_out_changes_nothing_in_what_was_given() -> None:
+    wanted = spec(options=dict(DEFAULTS))
+    without_defaults(wanted)
+    assert wanted.options == DEFAULTS

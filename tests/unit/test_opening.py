@@ -1,0 +1,151 @@
+"""From a spec to what is locked, claimed and remembered of its sources. (Block devices: see tests/host.)"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storaged.errors import ErrorCode, StoragedError
+from storaged.host.identity import file_identity
+from storaged.model.formats import Format
+from storaged.model.spec import VolumeSpec
+from storaged.supervisor import opening
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "a.raw"
+    path.write_bytes(bytes(1 << 20))
+    return path
+
+
+def spec(source: object, **wishes: Any) -> VolumeSpec:
+    return VolumeSpec(**{"name": "a", "source": str(source), **wishes})
+
+
+def identity(path: Path) -> str:
+    seen = path.stat()
+    return file_identity(seen.st_dev, seen.st_ino)
+
+
+@pytest.mark.parametrize(
+    ("wishes", "exclusive"), [({}, True), ({"read_only": True}, False), ({"snapshot": True}, False)]
+)
+def test_a_file_is_locked_as_it_is_used_and_not_claimed(image: Path, wishes: dict[str, Any], exclusive: bool) -> None:
+    found = opening.inspect(spec(image, **wishes))
+    assert found.sources == {identity(image): exclusive}
+    assert found.files == {identity(image)}
+    assert (found.claims, found.unclaimed, found.key_file) == ((), (), None)
+
+
+def test_backing_files_are_only_read_and_are_files_too(tmp_path: Path, image: Path) -> None:
+    top = tmp_path / "top.qcow2"
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(image), str(top)]
+    try:
+        subprocess.run(command, check=True, timeout=30)
+    except FileNotFoundError:
+        pytest.skip("qemu-img is not installed")
+    options = {"backing": f"allow:{tmp_path}"}
+    found = opening.inspect(spec(top, format=Format.QCOW2, options=options))
+    assert found.sources == {identity(top): True, identity(image): False}
+    assert found.files == found.sources.keys()
+    snapshot = opening.inspect(spec(top, format=Format.QCOW2, options=options, snapshot=True))
+    assert not any(snapshot.sources.values())
+    assert [part[0] for part in snapshot.fingerprint] == [top.stat().st_ino, image.stat().st_ino]
+
+
+def test_only_a_snapshot_remembers_what_its_source_was(image: Path) -> None:
+    assert opening.inspect(spec(image)).fingerprint == []
+    seen = image.stat()
+    assert opening.inspect(spec(image, snapshot=True)).fingerprint == [[seen.st_ino, 1 << 20, seen.st_mtime_ns]]
+
+
+def written(image: Path) -> None:
+    os.utime(image, ns=(0, image.stat().st_mtime_ns + 1))
+
+
+def grown(image: Path) -> None:
+    before = image.stat()
+    os.truncate(image, 2 << 20)
+    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def replaced(image: Path) -> None:
+    before = image.stat()
+    other = image.with_suffix(".new")
+    other.write_bytes(image.read_bytes())
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    other.replace(image)
+
+
+@pytest.mark.parametrize("change", [written, grown, replaced])
+def test_a_source_that_changed_has_another_fingerprint(image: Path, change: Any) -> None:
+    before = opening.inspect(spec(image, snapshot=True)).fingerprint
+    change(image)
+    assert opening.inspect(spec(image, snapshot=True)).fingerprint != before
+
+
+def test_a_source_that_was_only_read_or_renamed_has_the_same(image: Path) -> None:
+    before = opening.inspect(spec(image, snapshot=True)).fingerprint
+    image.read_bytes()
+    os.utime(image, ns=(1, image.stat().st_mtime_ns))
+    moved = image.rename(image.with_name("b.raw"))
+    assert opening.inspect(spec(moved, snapshot=True)).fingerprint == before
+
+
+def test_what_a_process_has_open_is_compared_with_what_was_looked_at(image: Path) -> None:
+    found = opening.inspect(spec(image))
+    assert not opening.opened_as_wanted(found, os.getpid())
+    with open(image, "rb"):
+        assert opening.opened_as_wanted(found, os.getpid())
+        replaced(image)
+        assert opening.opened_as_wanted(found, os.getpid())
+        assert not opening.opened_as_wanted(opening.inspect(spec(image)), os.getpid())
+
+
+def test_all_locks_are_taken_or_none(tmp_path: Path, image: Path) -> None:
+    other = tmp_path / "b.raw"
+    other.write_bytes(bytes(1 << 20))
+    locks = str(tmp_path / "locks")
+    first = opening.inspect(spec(image))
+    held = opening.take(first, locks, "a")
+    try:
+        before = os.listdir("/proc/self/fd")
+        with pytest.raises(StoragedError) as caught:
+            opening.take(opening.inspect(spec(image, read_only=True)), locks, "b")
+        assert caught.value.code is ErrorCode.SOURCE_IN_USE
+        assert os.listdir("/proc/self/fd") == before
+        for fd in opening.take(opening.inspect(spec(other)), locks, "b"):
+            os.close(fd)
+    finally:
+        for fd in held:
+            os.close(fd)
+
+
+def test_a_file_is_no_block_device(image: Path) -> None:
+    with pytest.raises(StoragedError) as caught:
+        opening.inspect(spec(f"host_device:{image}"))
+    assert caught.value.code is ErrorCode.INVALID_SOURCE
+
+
+def test_a_link_to_a_name_that_qmp_cannot_carry_is_refused(tmp_path: Path, image: Path) -> None:
+    odd = os.path.join(os.fsencode(tmp_path), b"\xff.raw")
+    os.rename(image, odd)
+    (tmp_path / "link").symlink_to(os.fsdecode(odd))
+    with pytest.raises(StoragedError) as caught:
+        opening.inspect(spec(tmp_path / "link"))
+    assert caught.value.code is ErrorCode.INVALID_SOURCE
+    assert str(caught.value).encode()
+
+
+def test_two_spellings_of_a_source_are_the_same_file(tmp_path: Path, image: Path) -> None:
+    (tmp_path / "link").symlink_to(image)
+    (tmp_path / "other").touch()
+    assert opening.same_file(str(image), f"file:{tmp_path}/link")
+    assert not opening.same_file(str(image), str(tmp_path / "other"))
+    with pytest.raises(OSError, match="missing"):
+        opening.same_file(str(image), str(tmp_path / "missing"))
