@@ -105,6 +105,14 @@ class Attachment:
         seen = self.transport.observe(self._site, self.record, alive=True)
         return seen.device is Device.HEALTHY and self._linked()
 
+    async def answers(self) -> bool:
+        """Whether QSD answers, and has the export: one QMP call."""
+        try:
+            return await (await self.qsd.session()).has_export(blockdev.EXPORT)
+        except StoragedError as error:
+            await self.qsd.note_answer(error)
+            return False
+
     def _linked(self) -> bool:
         directory = self._environment.layout.dev_dir
         if self.record is None or self.record.device is None:

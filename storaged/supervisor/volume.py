@@ -154,13 +154,20 @@ class Volume:
 
     async def _next(self) -> Request:
         """Wait for a request, a death (None in the inbox), or the time to look."""
-        config = self._environment.config
-        try:
-            async with asyncio.timeout(max(0.0, self._next_look - time.monotonic())):
-                request = await self._inbox.get()
-        except TimeoutError:
-            request = None
-        return request or Request(self._look, config.attach_timeout, nobody())
+        request = None
+        while True:
+            try:
+                async with asyncio.timeout(max(0.0, self._next_look - time.monotonic())):
+                    request = await self._inbox.get()
+            except TimeoutError:
+                # All that most looks of most volumes cost.
+                if time.monotonic() < self._ask_after and self._looks_well():
+                    self._next_look = time.monotonic() + self._patience()
+                    continue
+            return request or Request(self._look, self._environment.config.attach_timeout, nobody())
+
+    def _looks_well(self) -> bool:
+        return self.state is State.ONLINE and self.attachment.looks_well()
 
     async def _serve(self, request: Request) -> None:
         """Run one request; its failure goes to whoever asked, and never further."""
@@ -233,7 +240,8 @@ class Volume:
             raise
 
     async def _look(self) -> None:
-        if self.state is State.ONLINE and self.attachment.looks_well() and time.monotonic() < self._ask_after:
+        if self._looks_well() and await self.attachment.answers():
+            self._settle()
             return
         if self._adoption_refused:
             return
