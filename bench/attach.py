@@ -265,6 +265,17 @@ JOBS = {
 }
 
 
+def fio(device: str, words: list[str], runtime: float) -> dict[str, Any]:
+    """Run one job for ``runtime`` seconds, with nothing waiting to be written back, and return its figures."""
+    os.sync()
+    output = run(
+        "fio", "--name=x", f"--filename={device}", "--direct=1", "--ioengine=libaio", "--size=512M", "--time_based",
+        f"--runtime={runtime}", "--ramp_time=0.5", "--output-format=json", *words,
+    )
+    figures: dict[str, Any] = json.loads(output)["jobs"][0]
+    return figures
+
+
 def throughput(bench: Bench, repeats: int, runtime: float) -> list[Row]:
     """fio on the attached device and on the same export set up by hand, in turns.
 
@@ -276,13 +287,13 @@ def throughput(bench: Bench, repeats: int, runtime: float) -> list[Row]:
     figures: dict[str, dict[str, list[float]]] = {what: {"ours": [], "hand": []} for what in JOBS}
     for turn in range(repeats):
         devices = {"ours": bench.attach(0), "hand": bench.attach_by_hand(1)}
+        order = sorted(devices, reverse=turn % 2 == 0)
+        for who in order:
+            # Both get several times as fast in their first seconds; that is not what is compared.
+            fio(devices[who], ["--rw=read", "--bs=1M", "--iodepth=4"], 2 * runtime)
         for what, (words, way, key) in JOBS.items():
-            for who in sorted(devices, reverse=turn % 2 == 0):
-                output = run(
-                    "fio", "--name=x", f"--filename={devices[who]}", "--direct=1", "--ioengine=libaio", "--size=512M",
-                    "--time_based", f"--runtime={runtime}", "--ramp_time=0.5", "--output-format=json", *words,
-                )
-                value = float(json.loads(output)["jobs"][0][way][key])
+            for who in order:
+                value = float(fio(devices[who], words, runtime)[way][key])
                 figures[what][who].append(value / 1000 if key == "bw" else value)
         bench.detach(0)
         bench.detach_by_hand(1, devices["hand"])
@@ -290,10 +301,11 @@ def throughput(bench: Bench, repeats: int, runtime: float) -> list[Row]:
     for what, values in figures.items():
         ratios = [ours / hand for ours, hand in zip(values["ours"], values["hand"], strict=True)]
         low, median, high = statistics.quantiles(ratios, n=4)
+        of_medians = statistics.median(values["ours"]) / statistics.median(values["hand"])
         rows.append(
             Row(
                 what, middle(values["ours"]), middle(values["hand"]),
-                f"{median:.2f} ({low:.2f} to {high:.2f}) of it, pair by pair", "at least 0.95",
+                f"{of_medians:.2f} of it; pair by pair {median:.2f} ({low:.2f} to {high:.2f})", "at least 0.95",
             )
         )
     return rows
@@ -340,7 +352,7 @@ def main() -> int:
             lambda: listing(bench, 5 if quick else 20),
             lambda: in_parallel(bench, 1 if quick else 3),
             lambda: idle(bench, 5 if quick else 60),
-            lambda: throughput(bench, 3 if quick else 16, 0.5 if quick else 1.5),
+            lambda: throughput(bench, 3 if quick else 14, 0.5 if quick else 1.5),
         )
         for part in parts:
             rows += part()
