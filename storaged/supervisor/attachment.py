@@ -102,8 +102,14 @@ class Attachment:
         """Whether an online volume still is, judged by sysfs and mounts alone: cheap, never blocks."""
         if not self.qsd.alive:
             return False
-        seen = self.transport.observe(self._site, self.record, alive=True)
-        return seen.device is Device.HEALTHY and self._linked()
+        record = self.record
+        if record is None or record.device is None:
+            return False
+        return self.transport.observe(self._site, record, alive=True).device is Device.HEALTHY and (
+            links.links_are_there(
+                self._environment.layout.dev_dir, self.spec.name, record.device, self.transport.partitions(record)
+            )
+        )
 
     async def answers(self) -> bool:
         """Whether QSD answers, and has the export: one QMP call."""
