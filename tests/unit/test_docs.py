@@ -121,7 +121,9 @@ def test_modules_that_are_named_are_there(document: Path) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_lines_fit_on_a_screen(document: Path) -> None:
-    assert [line for line in document.read_text().splitlines() if len(line) > 120] == []
+    lines = document.read_text().splitlines()
+    # The rows of a table cannot be broken.
+    assert [line for line in lines if len(line) > 120 and not line.startswith("|")] == []
 
 
 def test_the_demo_is_a_program_that_bash_can_parse() -> None:
