@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from storaged.api.client import Client
-from storaged.errors import StoragedError
+from storaged.errors import ErrorCode, StoragedError
 from storaged.model.layout import Layout
 
 STORAGED = [str(Path(sys.executable).with_name("storaged"))]
@@ -239,3 +239,21 @@ def error_of(call: Callable[[], object]) -> StoragedError:
 def as_json(text: str) -> Any:
     """Parse JSON."""
     return json.loads(text)
+
+
+def refuses(daemon: Daemon, code: ErrorCode, source: object, name: str = "a", **wishes: object) -> StoragedError:
+    """Attach, expect a clear refusal, and that nothing is left of it."""
+    before = leftovers(daemon.root)
+    error = error_of(lambda: daemon.attach(name, source, **wishes))
+    assert error.code is code, error
+    assert error.message
+    assert error.hint, f"no hint: {error}"
+    assert name not in daemon.names()
+    assert sorted(leftovers(daemon.root)) == sorted(before)
+    return error
+
+
+def with_config(daemon: Daemon, text: str) -> None:
+    """Write storaged.toml."""
+    Path(daemon.layout.config_dir).mkdir(parents=True, exist_ok=True)
+    Path(daemon.layout.config_file).write_text(text)
