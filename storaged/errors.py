@@ -86,3 +86,11 @@ class StoragedError(Exception):
         at = f" (at step {self.step})" if self.step else ""
         why = f": {self.cause}" if self.cause else ""
         return f"{where}{self.message}{at}{why}"
+
+
+def bug(error: BaseException) -> StoragedError:
+    """Return the failure that stands for an exception which nobody foresaw; whoever catches it logs it."""
+    return StoragedError(
+        ErrorCode.INTERNAL, "storaged has a bug here", cause=f"{type(error).__name__}: {error}",
+        hint="the journal has the details; please report it",
+    )

@@ -24,7 +24,7 @@ from asyncvarlink.types import FileDescriptorArray, JSONObject
 
 from storaged import __version__
 from storaged.api import interface
-from storaged.errors import ErrorCode, StoragedError
+from storaged.errors import ErrorCode, StoragedError, bug
 from storaged.model.formats import Format
 from storaged.model.spec import VolumeSpec
 from storaged.supervisor.manager import Manager
@@ -74,12 +74,7 @@ def _translated(method: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Coro
             raise _reply_of(error) from error
         except Exception as error:
             log.exception("a bug in a method of the API")
-            raise _reply_of(
-                StoragedError(
-                    ErrorCode.INTERNAL, "storaged has a bug here", cause=f"{type(error).__name__}: {error}",
-                    hint="the journal has the details; please report it",
-                )
-            ) from error
+            raise _reply_of(bug(error)) from error
 
     translate.__name__, translate.__doc__ = method.__name__, method.__doc__
     translate.__wrapped__ = method  # type: ignore[attr-defined]  # asyncvarlink reads the signature through it

@@ -158,12 +158,6 @@ def is_read_only(path: str) -> bool:
     return _sysfs(path, "ro") == "1"
 
 
-def device_size(path: str) -> int | None:
-    """Return the size in bytes, None when there is no such device."""
-    text = _sysfs(path, "size")
-    return int(text) * 512 if text else None
-
-
 def partitions(path: str) -> dict[int, str]:
     """Return the partitions that the kernel sees, by number: {1: "/dev/loop3p1"}."""
     name = os.path.basename(path)

@@ -68,11 +68,6 @@ class Attachment:
         return TRANSPORTS[name]
 
     @property
-    def overlay(self) -> str | None:
-        """The path of the overlay of a snapshot."""
-        return self.record.overlay if self.record else None
-
-    @property
     def blocking(self) -> BlockingCalls:
         """The threads of this volume."""
         return self._site.blocking

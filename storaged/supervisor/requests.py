@@ -7,7 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from storaged.errors import ErrorCode, StoragedError
+from storaged.errors import ErrorCode, StoragedError, bug
 from storaged.model.spec import VolumeSpec
 
 log = logging.getLogger("storaged.volume")
@@ -45,7 +45,4 @@ def error_of(task: asyncio.Task[None]) -> StoragedError | None:
     if error is None or isinstance(error, StoragedError):
         return error
     log.error("a bug in the actor of a volume", exc_info=error)
-    return StoragedError(
-        ErrorCode.INTERNAL, "storaged has a bug here", cause=f"{type(error).__name__}: {error}",
-        hint="the journal has the details; please report it",
-    )
+    return bug(error)

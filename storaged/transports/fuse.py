@@ -124,7 +124,7 @@ class FuseTransport:
             except Exception as error:  # whatever it is, the device goes away; the user is told
                 notes.append(f"not all that was written could be flushed: {error}")
         users = await site.blocking("take the loop device away", timeout, loop.release_by_force, device)
-        return notes + [f"{device.path} fails all I/O and stays until its last user is gone: {user}" for user in users]
+        return notes + _stays(device, users)
 
     async def clear(self, site: Site, record: Record | None, timeout: float) -> list[str]:
         """Unmount lazily, release every loop device that stands on this export."""
@@ -136,10 +136,7 @@ class FuseTransport:
             if known is not None and known not in devices:
                 devices.append(known)
             # The devices first: once the mount is gone, the kernel no longer shows what they stand on.
-            notes = [
-                f"{device.path} fails all I/O and stays until its last user is gone: {user}"
-                for device in devices for user in loop.release_by_force(device)
-            ]
+            notes = [note for device in devices for note in _stays(device, loop.release_by_force(device))]
             mounts.unmount(mountpoint)
             return notes
 
@@ -172,6 +169,11 @@ class FuseTransport:
         if record is None or record.device is None:
             return None
         return loop.LoopDevice(record.device, record.diskseq)
+
+
+def _stays(device: loop.LoopDevice, users: list[str]) -> list[str]:
+    """What to tell of a device that was taken away by force, and is still used."""
+    return [f"{device.path} fails all I/O and stays until its last user is gone: {user}" for user in users]
 
 
 TRANSPORT = FuseTransport()
