@@ -2,12 +2,16 @@
 # PYTEST_ARGS is handed to pytest: make test PYTEST_ARGS='-k vduse -x'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint unit bench-attach clean
+.PHONY: help setup demo test test-host test-vm vm-shell lint unit bench-attach dkms clean
 # setup comes first in each list of prerequisites: never run them side by side.
 .NOTPARALLEL:
 
 VENV := .venv/bin
 PYTEST_ARGS ?=
+# The Debian of the test machine: bookworm, trixie or sid. What of the tests runs in it. See docs/testing.md.
+MACHINE ?= trixie
+VM_TESTS ?= tests/vm
+export MACHINE
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,11 +29,22 @@ lint: setup ## ruff and mypy
 unit: setup ## the tests that need no root, in seconds
 	$(VENV)/pytest tests/unit $(PYTEST_ARGS)
 
-test: lint ## lint and all tests (root)
+test: test-host test-vm ## lint and all tests, here and in the test machine (root)
+
+test-host: lint ## lint and the tests that run on this machine (root)
 	$(VENV)/pytest $(PYTEST_ARGS)
+
+test-vm: setup ## the tests that need the test machine, in it (root)
+	@scripts/vm test $(VM_TESTS) $(PYTEST_ARGS)
+
+vm-shell: setup ## a shell in the test machine; with CMD='…': that command (root)
+	@$(if $(value CMD),scripts/vm run "$$CMD",scripts/vm shell)
 
 bench-attach: setup ## how long attach and detach take (root)
 	$(VENV)/python bench/attach.py
+
+dkms: ## make the Debian package that gives Debian 12's kernel VDUSE (kernel-config/dkms)
+	@scripts/dkms-deb
 
 clean: ## remove everything that was made here: .venv, caches, Debian roots
 	rm -rf --one-file-system .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

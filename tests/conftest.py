@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import Daemon, leftovers
+from tests.harness import Daemon, eventually, leftovers
+
+# They need a machine of their own, and run in it: make test-vm.
+collect_ignore = [] if os.environ.get("STORAGED_VM") else ["vm"]
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
@@ -37,8 +40,29 @@ def stopped(place: Path) -> Iterator[Daemon]:
     assert leftovers(daemon.root) == []
 
 
+@pytest.fixture(scope="session")
+def long_lived() -> Iterator[Daemon]:
+    """One daemon for many tests: in the emulated machine a start takes seconds."""
+    with tempfile.TemporaryDirectory(prefix="sd-", dir="/var/tmp") as name:
+        daemon = Daemon(Path(os.path.realpath(name)) / "root")
+        daemon.root.mkdir()
+        yield daemon
+        daemon.end()
+
+
 @pytest.fixture
-def daemon(stopped: Daemon) -> Daemon:
-    """A running daemon."""
-    stopped.start()
-    return stopped
+def daemon(request: pytest.FixtureRequest) -> Iterator[Daemon]:
+    """A running daemon with no volumes. Nothing of the test may be left afterwards."""
+    if not os.environ.get("STORAGED_VM"):
+        stopped: Daemon = request.getfixturevalue("stopped")
+        stopped.start()
+        yield stopped
+        return
+    shared: Daemon = request.getfixturevalue("long_lived")
+    if shared.process is None or shared.process.poll() is not None:
+        shared.start()
+    try:
+        yield shared
+    finally:
+        shared.forget_all()
+    eventually(lambda: leftovers(shared.root) == [], f"nothing is left; there is {leftovers(shared.root)}")

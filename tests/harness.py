@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +124,8 @@ class Daemon:
         """Whether a volume is online."""
         return bool(self.show(name)["state"] == "online")
 
-    def end(self) -> None:
-        """Take everything away, whatever state it is in."""
+    def forget_all(self) -> None:
+        """Take all volumes away, whatever state they are in."""
         if self.process is None or self.process.poll() is not None:
             self.start()
         for name in self.names():
@@ -133,6 +133,10 @@ class Daemon:
                 self.detach(name, force=True)
             except StoragedError as error:
                 print(f"while ending: {error}")
+
+    def end(self) -> None:
+        """Take everything away."""
+        self.forget_all()
         self.stop()
 
 
@@ -217,10 +221,18 @@ def leftovers(root: Path) -> list[str]:
                 found.append(f"loop device {entry.parent.parent.name}")
         except OSError:
             continue
+    # What all of the host share names no root: these tests have the host to themselves.
+    found += [f"vDPA device {entry.name}" for entry in Path("/sys/bus/vdpa/devices").glob("storaged.*")]
+    found += [f"VDUSE device {entry.name}" for entry in Path("/dev/vduse").glob("storaged.*")]
+    for entry in Path("/sys/block").glob("nbd*/backend"):
+        with suppress(OSError):
+            if entry.read_text().startswith("storaged."):
+                found.append(f"NBD device {entry.parent.name}")
     found += [line for line in Path("/proc/mounts").read_text().splitlines() if f"{root}/run" in line]
     layout = Layout.below(str(root))
     for directory in (
         layout.volumes_dir, layout.desired_volatile, layout.desired_persistent, layout.snapshots_dir, layout.dev_dir,
+        layout.vm_sockets_dir,
     ):
         if os.path.isdir(directory):
             found += [f"{directory}/{entry}" for entry in os.listdir(directory)]
