@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 import storaged
 from storaged.api.client import Client
-from storaged.errors import StoragedError
-from storaged.host import probe
-from storaged.model.diagnosis import LATER_MODULES, Facts, Finding, Status, diagnose
+from storaged.errors import ErrorCode, StoragedError
+from storaged.host import modules, probe
+from storaged.model.diagnosis import MODULES, Facts, Finding, Status, diagnose, diagnose_kernel
+from storaged.model.kernelconfig import MAX_CONFIG, KernelConfig, Verdict, check, decode_config
 from storaged.model.layout import Layout
 
 _DAEMON_DEADLINE = 5.0
@@ -24,6 +25,17 @@ def examine(layout: Layout, command: str = "storaged") -> list[Finding]:
 def exit_status(findings: Sequence[Finding]) -> int:
     """Return 1 when something keeps storaged from working, else 0."""
     return int(any(finding.status is Status.FAIL for finding in findings))
+
+
+def examine_kernel(what: str, transport: str | None = None) -> tuple[list[Finding], list[Verdict]]:
+    """Judge a kernel's configuration: all transports, or the one that is named.
+
+    ``what`` is a file (packed by gzip or not), ``-`` for stdin, the release of an installed kernel (``uname -r``), or
+    empty for the kernel that runs. Raises INVALID_ARGUMENT.
+    """
+    where, config = _kernel_config(what)
+    verdicts = check(config, transport)
+    return diagnose_kernel(where, config, verdicts, transport), verdicts
 
 
 def gather(layout: Layout, command: str = "storaged") -> Facts:
@@ -50,7 +62,8 @@ def gather(layout: Layout, command: str = "storaged") -> Facts:
         loop=probe.device_node("/dev/loop-control", "loop", "loop-control"),
         free_loops=free_loops,
         loops=loops,
-        modules={module: probe.module_state(module) for module in LATER_MODULES},
+        modules={module: modules.state(module) for module in MODULES},
+        loading=modules.loading(),
         run_dir=probe.directory(layout.run_dir),
         state_dir=probe.directory(layout.state_dir),
         daemon_version=daemon_version,
@@ -58,6 +71,31 @@ def gather(layout: Layout, command: str = "storaged") -> Facts:
         daemon_hint=daemon_hint,
         own_version=storaged.__version__,
     )
+
+
+def _kernel_config(what: str) -> tuple[str, KernelConfig]:
+    if what == "-":
+        return "stdin", decode_config(sys.stdin.buffer.read(MAX_CONFIG))
+    if "/" in what or os.path.isfile(what):
+        try:
+            with open(what, "rb") as file:
+                return what, decode_config(file.read(MAX_CONFIG))
+        except OSError as error:
+            raise StoragedError(
+                ErrorCode.INVALID_ARGUMENT, f"{what} cannot be read", cause=error.strerror or str(error)
+            ) from error
+        except StoragedError as error:
+            error.message = f"{what}: {error.message}"
+            raise
+    running = os.uname().release
+    found = modules.kernel_config(what or running, running=what in ("", running))
+    if found is None:
+        raise StoragedError(
+            ErrorCode.INVALID_ARGUMENT, f"no configuration of kernel {what or running} is installed",
+            cause=f"there is no /boot/config-{what or running}, and none in /lib/modules/{what or running}",
+            hint="name the file",
+        )
+    return found
 
 
 def _configured_qsd(config_file: str) -> tuple[str, str]:

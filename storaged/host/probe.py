@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import gzip
 import importlib
 import importlib.metadata
 import os
-import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from storaged.model.diagnosis import MODULE_OPTIONS, DeviceNode, Directory, Library, ModuleState
+from storaged.host import modules
+from storaged.model.diagnosis import DeviceNode, Directory, Library
+from storaged.model.modules import ModuleInfo, ModuleState
 from storaged.qsd.version import QsdVersion, parse_version
 
 #: Module and package of each have the same name.
@@ -61,36 +61,16 @@ def qsd(binary: str) -> tuple[str | None, str, QsdVersion | None]:
 def device_node(path: str, module: str, misc_name: str, *, root: str = "/") -> DeviceNode:
     """Try to open a driver's node. Not before the driver is there: opening would load its module."""
     registered = misc_name in _misc_drivers(root)
-    state = module_state(module, root=root)
-    if registered and state in (ModuleState.ABSENT, ModuleState.UNKNOWN):
-        state = ModuleState.BUILTIN  # its files may be invisible, as in a container, but it is there
+    info = modules.state(module, root=root)
+    if registered and not info.present:
+        info = ModuleInfo(info.name, ModuleState.BUILTIN)  # its files may be invisible, as in a container
     if not registered:
-        return DeviceNode(path, state, "the driver is not there")
+        return DeviceNode(path, info, "the driver is not there")
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
-        return DeviceNode(path, state, error.strerror or str(error))
-    return DeviceNode(path, state)
-
-
-def module_state(module: str, *, root: str = "/", release: str | None = None) -> ModuleState:
-    """Say where a kernel module is, from what the kernel and its installed files tell."""
-    release = os.uname().release if release is None else release
-    base = Path(root)
-    # /sys/module lists built-in modules too, but only loaded ones have an initstate.
-    if (base / "sys/module" / module / "initstate").exists():
-        return ModuleState.LOADED
-    modules = base / "lib/modules" / release
-    if module in _module_names(modules / "modules.builtin"):
-        return ModuleState.BUILTIN
-    if module in _module_names(modules / "modules.dep"):
-        return ModuleState.LOADABLE
-    config = _kernel_config(base, release)
-    if config is not None:
-        value = re.search(rf"^CONFIG_{MODULE_OPTIONS[module]}=(\w)", config, re.MULTILINE)
-        # "m" without the file in modules.dep: built somewhere, but not installed here.
-        return ModuleState.BUILTIN if value and value[1] == "y" else ModuleState.ABSENT
-    return ModuleState.ABSENT if modules.is_dir() else ModuleState.UNKNOWN
+        return DeviceNode(path, info, error.strerror or str(error))
+    return DeviceNode(path, info)
 
 
 def loop_devices(*, root: str = "/") -> tuple[int, int]:
@@ -143,19 +123,6 @@ def _misc_drivers(root: str) -> frozenset[str]:
     """Names of the drivers in /proc/misc, each with its node in /dev."""
     lines = _read(Path(root, "proc/misc")).splitlines()
     return frozenset(fields[1] for line in lines if len(fields := line.split()) == 2)
-
-
-def _module_names(listing: Path) -> frozenset[str]:
-    """Names of the modules in modules.builtin or modules.dep."""
-    names = re.findall(r"^(?:[^:\n]*/)?([^/:\n]+?)\.ko(?:\.\w+)?(?::|$)", _read(listing), re.MULTILINE)
-    return frozenset(name.replace("-", "_") for name in names)
-
-
-def _kernel_config(base: Path, release: str) -> str | None:
-    try:
-        return gzip.decompress((base / "proc/config.gz").read_bytes()).decode(errors="replace")
-    except (OSError, EOFError):
-        return _read(base / "boot" / f"config-{release}") or None
 
 
 def _read(path: Path) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from storaged.model.kernelconfig import BY_TRANSPORT, KernelConfig, Needs, Verdict, works
+from storaged.model.modules import SIGN_HINT, Loading, ModuleInfo, ModuleState
 from storaged.model.sizes import format_size
 from storaged.qsd.version import QsdVersion, loop_direct_io_is_safe
 
@@ -15,16 +17,14 @@ LOW_SPACE = 1 << 30
 NO_SPACE = 16 << 20
 _MIN_PYTHON = (3, 11)
 _SETUP = "make setup (or, in the virtual environment: pip install {})"
-#: Kernel modules, and the options that build them.
-MODULE_OPTIONS = {
-    "fuse": "FUSE_FS",
-    "loop": "BLK_DEV_LOOP",
-    "vduse": "VDPA_USER",
-    "virtio_vdpa": "VIRTIO_VDPA",
-    "nbd": "BLK_DEV_NBD",
-}
-#: Those that only later transports need.
-LATER_MODULES = ("vduse", "virtio_vdpa", "nbd")
+#: What each transport needs of QSD, where that is more than the first version storaged works with.
+_MIN_QSD = {"vduse": QsdVersion(7, 1, 0)}
+#: The transports whose modules are listed in one line; fuse has lines of its own.
+_OTHER_TRANSPORTS = (BY_TRANSPORT["vduse"], BY_TRANSPORT["nbd"])
+#: It competes with virtio_vdpa for the devices of the vDPA bus.
+RIVAL = "vhost_vdpa"
+#: The modules that the doctor asks for.
+MODULES = (*(module for needs in _OTHER_TRANSPORTS for module in needs.modules), RIVAL)
 
 
 class Status(StrEnum):
@@ -34,16 +34,6 @@ class Status(StrEnum):
     INFO = "info"
     WARN = "warn"
     FAIL = "fail"
-
-
-class ModuleState(StrEnum):
-    """Where the code of a kernel module is."""
-
-    BUILTIN = "built in"
-    LOADED = "loaded"
-    LOADABLE = "loadable"
-    ABSENT = "absent"
-    UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
@@ -70,7 +60,7 @@ class DeviceNode:
     """A device node of a driver. ``problem`` is empty when it can be opened for reading and writing."""
 
     path: str
-    module: ModuleState
+    module: ModuleInfo
     problem: str = ""
 
 
@@ -103,7 +93,8 @@ class Facts:
     loop: DeviceNode
     free_loops: int
     loops: int
-    modules: dict[str, ModuleState] = field(default_factory=dict)
+    modules: dict[str, ModuleInfo] = field(default_factory=dict)
+    loading: Loading = field(default_factory=Loading)
     run_dir: Directory = Directory("")
     state_dir: Directory = Directory("")
     daemon_version: str = ""
@@ -120,6 +111,23 @@ def diagnose(facts: Facts) -> list[Finding]:
         *_kernel(facts),
         *_directories(facts),
         _daemon(facts),
+    ]
+
+
+def diagnose_kernel(
+    where: str, config: KernelConfig, verdicts: Sequence[Verdict], transport: str | None = None
+) -> list[Finding]:
+    """Return what a kernel's configuration, found at ``where``, means for the transports, or for the one named."""
+    grave = Status.WARN if works(verdicts, transport) else Status.FAIL
+    version = "Linux " + ".".join(map(str, config.version)) if config.version else "of unknown version"
+    return [Finding("kernel", Status.INFO, f"{version}, from {where}")] + [
+        Finding(
+            f"transport {verdict.transport}",
+            Status.OK if verdict.possible else grave,
+            f"possible; {verdict.detail}" if verdict.possible else verdict.detail,
+            verdict.hint,
+        )
+        for verdict in verdicts
     ]
 
 
@@ -195,8 +203,10 @@ def _qsd(facts: Facts) -> Iterator[Finding]:
 
 
 def _kernel(facts: Facts) -> Iterator[Finding]:
-    release = tuple(int(number) for number in _numbers(facts.kernel))
-    if release >= (5, 8):
+    transports = [_transport(facts, needs) for needs in _OTHER_TRANSPORTS]
+    # Only what leaves the host without any transport keeps storaged from working.
+    grave = Status.WARN if any(finding.status is Status.OK for finding in transports) else Status.FAIL
+    if _release(facts.kernel) >= BY_TRANSPORT["fuse"].kernel:
         yield Finding("kernel", Status.OK, facts.kernel)
     else:
         yield Finding(
@@ -205,35 +215,79 @@ def _kernel(facts: Facts) -> Iterator[Finding]:
             f"{facts.kernel} has no LOOP_CONFIGURE, which came with 5.8",
             "boot a newer kernel: apt install linux-image-amd64",
         )
-    yield _node("fuse", facts.fuse)
-    yield _node("loop", facts.loop)
-    if facts.loop.module in (ModuleState.BUILTIN, ModuleState.LOADED) and not facts.loop.problem:
+    yield _node("fuse", facts.fuse, grave)
+    yield _node("loop", facts.loop, grave)
+    if facts.loop.module.present and not facts.loop.problem:
         more = "" if facts.free_loops else "; the kernel makes another on request"
         yield Finding(
             "loop devices", Status.OK, f"{facts.free_loops} of {facts.loops} are free{more}"
         )
-    for module, state in facts.modules.items():
-        status = Status.OK if state in (ModuleState.BUILTIN, ModuleState.LOADED) else Status.INFO
-        hint = ""
-        if state is ModuleState.LOADABLE:
-            hint = f"modprobe {module}"
-        elif state is ModuleState.ABSENT:
-            hint = f"a kernel with CONFIG_{MODULE_OPTIONS[module]} (Debian 13's has it)"
-        yield Finding(f"module {module}", status, f"{state} (for a later transport)", hint)
+    yield from transports
+    if RIVAL in facts.modules and facts.modules[RIVAL].present:
+        yield Finding(
+            f"module {RIVAL}", Status.INFO,
+            f"it is {facts.modules[RIVAL].state}, and may take new vDPA devices before virtio_vdpa makes disks of them",
+            f"if no virtual machine needs it: modprobe -r {RIVAL}",
+        )
 
 
-def _node(check: str, node: DeviceNode) -> Finding:
+def _transport(facts: Facts, needs: Needs) -> Finding:
+    """What keeps a transport from being possible: the kernel's age, its modules, QSD's age, a library."""
+    problems, hints = [], []
+    if _release(facts.kernel) < needs.kernel:
+        version = ".".join(map(str, needs.kernel))
+        problems.append(f"kernel {facts.kernel} is too old, {version} is needed ({needs.because})")
+        hints.append("boot a newer kernel: apt install linux-image-amd64")
+    modules = [facts.modules[module] for module in needs.modules if module in facts.modules]
+    absent = [module for module in modules if module.state in (ModuleState.ABSENT, ModuleState.UNKNOWN)]
+    if len({module.hint for module in absent}) == 1 < len(absent):
+        # They lack for one reason: say it once.
+        problems.append(f"modules {', '.join(module.name for module in absent)} are {absent[0].state}")
+        hints.append(absent[0].hint)
+        modules = [module for module in modules if module not in absent]
+    for module in modules:
+        if not module.usable:
+            problems.append(str(module))
+            hints.append(module.hint)
+    least = _MIN_QSD.get(needs.transport)
+    if least is not None and facts.qsd is not None and facts.qsd < least:
+        problems.append(f"qemu-storage-daemon {facts.qsd} is too old, {least} is needed")
+        hints.append("use a newer QEMU (Debian 12 and 13 have it)")
+    if needs.transport == "nbd" and not (facts.nbd.version and facts.nbd_is_libnbd):
+        problems.append("libnbd's Python module is missing")
+        hints.append("apt install python3-libnbd")
+    check = f"transport {needs.transport}"
+    if problems:
+        # Several modules may have the same remedy.
+        return Finding(check, Status.INFO, "; ".join(problems), "; ".join(dict.fromkeys(filter(None, hints))))
+    waiting = [module for module in modules if not module.present]
+    foreign = [module.name for module in waiting if not module.detail.startswith("kernel/")]
+    if foreign and (facts.loading.lockdown or facts.loading.signatures):
+        return Finding(
+            check, Status.WARN,
+            f"the kernel takes only signed modules, and {', '.join(foreign)} did not come with it: it may be refused",
+            SIGN_HINT,
+        )
+    if waiting:
+        names = ", ".join(module.name for module in waiting)
+        return Finding(check, Status.OK, f"possible; an attach loads {names}")
+    return Finding(check, Status.OK, "possible; its modules are in the kernel")
+
+
+def _node(check: str, node: DeviceNode, grave: Status) -> Finding:
+    state = node.module.state
     if not node.problem:
-        return Finding(check, Status.OK, f"{node.path} can be opened ({node.module})")
-    if node.module is ModuleState.LOADABLE:
+        return Finding(check, Status.OK, f"{node.path} can be opened ({state})")
+    if state is ModuleState.LOADABLE:
         return Finding(
             check, Status.OK, f"the module is not loaded yet; the daemon does it (modprobe {check})"
         )
-    if node.module in (ModuleState.ABSENT, ModuleState.UNKNOWN):
-        hint = f"boot a kernel that has the module {check}, or install its modules package"
+    if node.module.present:
+        detail, hint = str(state), f"run as root; in a container, pass {node.path} through and allow it"
     else:
-        hint = f"run as root; in a container, pass {node.path} through and allow it"
-    return Finding(check, Status.FAIL, f"{node.path}: {node.problem} (module: {node.module})", hint)
+        detail = node.module.detail or str(state)
+        hint = node.module.hint or f"boot a kernel that has the module {check}, or install its modules package"
+    return Finding(check, grave, f"{node.path}: {node.problem} (module: {detail})", hint)
 
 
 def _directories(facts: Facts) -> Iterator[Finding]:
@@ -275,12 +329,12 @@ def _daemon(facts: Facts) -> Finding:
     return Finding("daemon", Status.OK, f"version {facts.daemon_version} answers")
 
 
-def _numbers(release: str) -> list[str]:
+def _release(release: str) -> tuple[int, ...]:
     """Return the leading numbers of a kernel release: 6 and 12 of ``6.12.48+deb13-amd64``."""
     numbers = []
     for part in release.split(".")[:2]:
         digits = part[: len(part) - len(part.lstrip("0123456789"))]
         if not digits:
             break
-        numbers.append(digits)
-    return numbers
+        numbers.append(int(digits))
+    return tuple(numbers)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import json
 import os
+import re
 import sys
 import types
 from pathlib import Path
@@ -20,19 +20,31 @@ from storaged import doctor
 from storaged.__main__ import main
 from storaged.host import probe
 from storaged.model.diagnosis import (
-    LATER_MODULES,
+    MODULES,
+    RIVAL,
     DeviceNode,
     Directory,
     Facts,
     Finding,
     Library,
-    ModuleState,
     Status,
     diagnose,
 )
 from storaged.model.layout import Layout
+from storaged.model.modules import Loading, ModuleInfo, ModuleState
 from storaged.qsd.version import QsdVersion
 from tests.unit.fake_daemon import FakeDaemon
+
+
+def module(name: str, state: ModuleState = ModuleState.LOADED, detail: str = "", hint: str = "") -> ModuleInfo:
+    return ModuleInfo(name, state, detail, hint)
+
+
+def modules_but(*changed: ModuleInfo) -> dict[str, ModuleInfo]:
+    """All modules loaded, but for these; the rival is absent unless it is among them."""
+    usual = {name: module(name) for name in MODULES} | {RIVAL: module(RIVAL, ModuleState.ABSENT)}
+    return usual | {info.name: info for info in changed}
+
 
 HEALTHY = Facts(
     root=True,
@@ -47,11 +59,11 @@ HEALTHY = Facts(
     qsd_output="qemu-storage-daemon version 10.0.13",
     qsd=QsdVersion(10, 0, 13),
     kernel="6.12.48+deb13-amd64",
-    fuse=DeviceNode("/dev/fuse", ModuleState.LOADED),
-    loop=DeviceNode("/dev/loop-control", ModuleState.BUILTIN),
+    fuse=DeviceNode("/dev/fuse", module("fuse")),
+    loop=DeviceNode("/dev/loop-control", module("loop", ModuleState.BUILTIN)),
     free_loops=3,
     loops=8,
-    modules=dict.fromkeys(LATER_MODULES, ModuleState.LOADED),
+    modules=modules_but(),
     run_dir=Directory("/run/storaged", free=1 << 30),
     state_dir=Directory("/var/lib/storaged", free=10 << 30),
     daemon_version="0.1.0",
@@ -79,6 +91,16 @@ def test_a_warning_is_no_failure() -> None:
     assert doctor.exit_status(findings) == 0
 
 
+NO_OTHER = {
+    "modules": modules_but(*(module(name, ModuleState.ABSENT, "not built", "get it") for name in MODULES))
+}
+
+
+def node(name: str, state: ModuleState) -> DeviceNode:
+    """A node that cannot be opened."""
+    return DeviceNode(f"/dev/{name}", module(name, state), "it failed")
+
+
 @pytest.mark.parametrize(
     ("check", "changes", "status", "hint"),
     [
@@ -95,17 +117,21 @@ def test_a_warning_is_no_failure() -> None:
         ("qsd direct I/O", {"qsd": QsdVersion(10, 0, 2)}, Status.WARN, "10.0.10"),
         ("kernel", {"kernel": "5.4.0-generic"}, Status.FAIL, "linux-image"),
         ("kernel", {"kernel": "strange"}, Status.FAIL, "linux-image"),
+        ("fuse", NO_OTHER | {"fuse": node("fuse", ModuleState.LOADED)}, Status.FAIL, "/dev/fuse"),
+        ("fuse", NO_OTHER | {"fuse": node("fuse", ModuleState.ABSENT)}, Status.FAIL, "kernel"),
+        ("loop", NO_OTHER | {"loop": node("loop", ModuleState.UNKNOWN)}, Status.FAIL, "kernel"),
+        ("fuse", {"fuse": node("fuse", ModuleState.ABSENT)}, Status.WARN, "kernel"),
         (
-            "fuse",
-            {"fuse": DeviceNode("/dev/fuse", ModuleState.LOADED, "Operation not permitted")},
-            Status.FAIL,
-            "/dev/fuse",
+            "transport vduse",
+            {"modules": modules_but(module("vduse", ModuleState.BLACKLISTED, "x.conf line 2", "remove it"))},
+            Status.INFO,
+            "remove it",
         ),
-        ("fuse", {"fuse": DeviceNode("/dev/fuse", ModuleState.ABSENT, "no driver")}, Status.FAIL, "kernel"),
-        ("loop", {"loop": DeviceNode("/dev/loop-control", ModuleState.UNKNOWN, "x")}, Status.FAIL, "kernel"),
-        ("module vduse", {"modules": {"vduse": ModuleState.LOADABLE}}, Status.INFO, "modprobe vduse"),
-        ("module vduse", {"modules": {"vduse": ModuleState.ABSENT}}, Status.INFO, "CONFIG_VDPA_USER"),
-        ("module nbd", {"modules": {"nbd": ModuleState.UNKNOWN}}, Status.INFO, ""),
+        ("transport vduse", {"kernel": "5.10.0-30-amd64"}, Status.INFO, "newer kernel"),
+        ("transport vduse", {"qsd": QsdVersion(7, 0, 0)}, Status.INFO, "newer QEMU"),
+        ("transport nbd", {"nbd_is_libnbd": False}, Status.INFO, "python3-libnbd"),
+        ("transport nbd", NO_OTHER, Status.INFO, "get it"),
+        (f"module {RIVAL}", {"modules": modules_but(module(RIVAL))}, Status.INFO, "modprobe -r"),
         ("run directory", {"run_dir": Directory("/run/x", "read-only")}, Status.FAIL, "--root"),
         (
             "state directory",
@@ -128,8 +154,34 @@ def test_what_is_wrong_is_found_and_has_a_hint(
 
 
 def test_a_module_that_loads_when_needed_is_fine() -> None:
-    node = DeviceNode("/dev/fuse", ModuleState.LOADABLE, "the driver is not there")
-    assert found("fuse", fuse=node).status is Status.OK
+    assert found("fuse", fuse=node("fuse", ModuleState.LOADABLE)).status is Status.OK
+    finding = found("transport nbd", modules=modules_but(module("nbd", ModuleState.LOADABLE, "kernel/x/nbd.ko")))
+    assert finding.status is Status.OK
+    assert "an attach loads nbd" in finding.detail
+
+
+def test_modules_that_lack_for_one_reason_are_told_together() -> None:
+    finding = found("transport vduse", **NO_OTHER)
+    assert finding.detail == "modules vdpa, vduse, virtio_vdpa, virtio_blk are absent"
+    assert finding.hint == "get it"
+
+
+@pytest.mark.parametrize(
+    ("path", "loading", "status"),
+    [
+        ("updates/dkms/vduse.ko", Loading(lockdown="integrity"), Status.WARN),
+        ("updates/dkms/vduse.ko", Loading(signatures=True), Status.WARN),
+        ("updates/dkms/vduse.ko", Loading(), Status.OK),
+        ("kernel/drivers/vdpa/vduse.ko", Loading(lockdown="integrity"), Status.OK),
+    ],
+)
+def test_a_module_of_ones_own_may_be_refused_where_signatures_count(
+    path: str, loading: Loading, status: Status
+) -> None:
+    modules = modules_but(module("vduse", ModuleState.LOADABLE, path))
+    finding = found("transport vduse", modules=modules, loading=loading)
+    assert finding.status is status
+    assert ("sign" in finding.hint) == (status is Status.WARN)
 
 
 def test_no_free_loop_device_is_fine_since_the_kernel_makes_more() -> None:
@@ -145,62 +197,15 @@ def test_any_kernel_release_is_judged(release: str) -> None:
 
 # How the facts are found, on a root directory made for the purpose.
 
-RELEASE = "6.12.48+deb13-amd64"
-
 
 @pytest.fixture
 def host(tmp_path: Path) -> Path:
-    """A host whose modules are spread over all the places that tell of them."""
-    modules = tmp_path / "lib/modules" / RELEASE
-    modules.mkdir(parents=True)
-    (modules / "modules.builtin").write_text("kernel/fs/fuse/fuse.ko\nkernel/drivers/md/md-mod.ko\n")
-    (modules / "modules.dep").write_text(
-        "kernel/drivers/vdpa/vdpa_user/vduse.ko.xz: kernel/drivers/vdpa/vdpa.ko.xz\n"
-        "kernel/drivers/block/loop.ko:\nkernel/drivers/virtio/virtio-vdpa.ko.zst: kernel/x/nbd.ko\n"
-    )
+    """A host with both drivers, one of them loaded."""
     (tmp_path / "sys/module/loop").mkdir(parents=True)
     (tmp_path / "sys/module/loop/initstate").write_text("live\n")
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/misc").write_text("237 loop-control\n229 fuse\n")
     return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("module", "state"),
-    [
-        ("loop", ModuleState.LOADED),
-        ("fuse", ModuleState.BUILTIN),
-        ("vduse", ModuleState.LOADABLE),
-        ("virtio_vdpa", ModuleState.LOADABLE),
-        ("nbd", ModuleState.ABSENT),
-    ],
-)
-def test_modules_are_found_where_the_kernel_and_its_files_tell(
-    host: Path, module: str, state: ModuleState
-) -> None:
-    assert probe.module_state(module, root=str(host), release=RELEASE) is state
-
-
-@pytest.mark.parametrize(
-    ("config", "state"),
-    [
-        ("CONFIG_BLK_DEV_NBD=y\n", ModuleState.BUILTIN),
-        ("CONFIG_BLK_DEV_NBD=m\n", ModuleState.ABSENT),
-        ("# CONFIG_BLK_DEV_NBD is not set\n", ModuleState.ABSENT),
-    ],
-)
-@pytest.mark.parametrize("packed", [True, False])
-def test_without_modules_the_kernels_configuration_tells(
-    tmp_path: Path, config: str, state: ModuleState, packed: bool
-) -> None:
-    path = tmp_path / ("proc/config.gz" if packed else f"boot/config-{RELEASE}")
-    path.parent.mkdir()
-    path.write_bytes(gzip.compress(config.encode()) if packed else config.encode())
-    assert probe.module_state("nbd", root=str(tmp_path), release=RELEASE) is state
-
-
-def test_where_nothing_tells_the_state_is_unknown(tmp_path: Path) -> None:
-    assert probe.module_state("nbd", root=str(tmp_path), release=RELEASE) is ModuleState.UNKNOWN
 
 
 def test_a_node_whose_driver_is_not_there_is_never_opened(
@@ -222,8 +227,10 @@ def test_a_node_of_a_driver_is_opened(host: Path) -> None:
 
 def test_a_driver_whose_files_are_hidden_is_there_all_the_same(host: Path) -> None:
     (host / "node").touch()
-    node = probe.device_node(str(host / "node"), "nbd", "fuse", root=str(host))
-    assert node.module is ModuleState.BUILTIN
+    found = probe.device_node(str(host / "node"), "nbd", "fuse", root=str(host))
+    assert found.module.state is ModuleState.BUILTIN
+    found = probe.device_node(str(host / "node"), "loop", "loop-control", root=str(host))
+    assert found.module.state is ModuleState.LOADED
 
 
 def test_loop_devices_with_a_backing_file_are_not_free(tmp_path: Path) -> None:
@@ -355,3 +362,39 @@ def test_doctor_fails_when_something_is_broken(
     assert main(["--root", str(tmp_path), "doctor"]) == 1
     line = next(line for line in capsys.readouterr().out.splitlines() if "configuration" in line)
     assert line.startswith("fail")
+
+
+def test_doctor_judges_a_kernels_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config"
+    config.write_text("CONFIG_BLOCK=y\nCONFIG_BLK_DEV=y\nCONFIG_FUSE_FS=m\nCONFIG_BLK_DEV_LOOP=y\n")
+    assert main(["doctor", "--kernel-config", str(config), "--json"]) == 0
+    verdicts = {verdict["transport"]: verdict for verdict in json.loads(capsys.readouterr().out)}
+    assert verdicts["fuse"]["possible"]
+    assert verdicts["fuse"]["modules"] == ["fuse"]
+    assert {lack["symbol"] for lack in verdicts["nbd"]["missing"]} == {
+        "CONFIG_NET", "CONFIG_UNIX", "CONFIG_BLK_DEV_NBD"
+    }
+    assert main(["doctor", "--kernel-config", str(config)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^ok +transport fuse +possible; modules: fuse$", out, re.MULTILINE)
+    assert re.search(r"^warn +transport nbd +not set: ", out, re.MULTILINE)
+
+
+def test_doctor_fails_for_a_kernel_that_can_do_nothing(tmp_path: Path) -> None:
+    config = tmp_path / "config"
+    config.write_text("# CONFIG_BLOCK is not set\nCONFIG_NET=y\nCONFIG_UNIX=y\nCONFIG_EVENTFD=y\n"
+                      "CONFIG_SHMEM=y\nCONFIG_TMPFS=y\n")
+    assert main(["doctor", "--kernel-config", str(config)]) == 1  # vhost-user alone makes no device
+
+
+@pytest.mark.parametrize("what", ["/no/such/file", "0.0.0-no-such-kernel", "FILE"])
+def test_what_is_no_configuration_is_an_error(
+    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "FILE").write_text("hello\n")
+    if what == "FILE":
+        what = str(tmp_path / what)
+    assert main(["doctor", "--kernel-config", what]) == 1
+    err = capsys.readouterr().err
+    assert what in err
+    assert "[invalid-argument]" in err
