@@ -20,6 +20,7 @@ class ErrorCode(StrEnum):
     NO_SUCH_VOLUME = "no-such-volume"
     VOLUME_EXISTS = "volume-exists"
     VOLUME_BUSY = "volume-busy"
+    NAME_TAKEN = "name-taken"
     SOURCE_MISSING = "source-missing"
     SOURCE_IN_USE = "source-in-use"
     SOURCE_CHANGED = "source-changed"

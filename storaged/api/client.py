@@ -22,7 +22,7 @@ from storaged.errors import ErrorCode, StoragedError
 #: The same as storaged.api.interface.INTERFACE, which cannot be had without importing asyncvarlink.
 INTERFACE = "io.storaged"
 #: Methods that change nothing: when their answer is lost, nothing is in doubt.
-_READ_ONLY = frozenset({f"{INTERFACE}.{name}" for name in ("List", "Show", "Watch")})
+_READ_ONLY = frozenset({f"{INTERFACE}.{name}" for name in ("List", "Show", "QemuArguments", "Watch")})
 #: sun_path holds 108 bytes with its NUL.
 _MAX_SOCKET_PATH = 107
 #: No answer of the daemon comes near this; more is garbage.

@@ -24,7 +24,10 @@ class Failure:
 
 @dataclasses.dataclass
 class Volume:
-    """A volume as wished for and as observed. Sizes in bytes, times in seconds since the epoch."""
+    """A volume as wished for and as observed. Sizes in bytes, times in seconds since the epoch.
+
+    A volume for a virtual machine has a socket in place of a device.
+    """
 
     name: str
     source: str
@@ -38,6 +41,7 @@ class Volume:
     state: str
     since: float
     device: str | None
+    socket: str | None
     link: str | None
     size: int | None
     logical_block_size: int | None
@@ -45,6 +49,16 @@ class Volume:
     qsd_version: str | None
     overlay: str | None
     failure: Failure | None
+
+
+@dataclasses.dataclass
+class QemuArguments:
+    """Words for the command line of a virtual machine's QEMU; vhost_user is null for a volume without a socket."""
+
+    blockdev: list[str]
+    drive: list[str]
+    vhost_user: list[str] | None
+    notes: list[str]
 
 
 @dataclasses.dataclass
@@ -144,6 +158,11 @@ class StoragedInterface(VarlinkInterface):
     @varlinkmethod(return_parameter="volume")
     async def Show(self, *, name: str) -> Volume:
         """One volume."""
+        raise NotImplementedError
+
+    @varlinkmethod(return_parameter="arguments")
+    async def QemuArguments(self, *, name: str) -> QemuArguments:
+        """How a virtual machine uses a volume: the source directly (blockdev, or drive), or through the socket."""
         raise NotImplementedError
 
     @varlinkmethod(return_parameter="event", delay_generator=False)

@@ -143,6 +143,13 @@ class Service(interface.StoragedInterface):
         """One volume."""
         return self._describe(self._manager.get(name))
 
+    @varlinkmethod(return_parameter="arguments")
+    @_translated
+    async def QemuArguments(self, *, name: str) -> interface.QemuArguments:
+        """How a virtual machine uses a volume: the source directly (blockdev, or drive), or through the socket."""
+        found = await self._manager.qemu_arguments(name)
+        return interface.QemuArguments(found.blockdev, found.drive, found.vhost_user, found.notes)
+
     @varlinkmethod(return_parameter="event", delay_generator=False)
     async def Watch(self, *, name: str | None = None) -> AsyncIterator[interface.Event]:
         """Events as they happen, of one volume or of all; the first has the kind ready."""
@@ -158,7 +165,8 @@ class Service(interface.StoragedInterface):
             transport_reason=record.transport_reason if record else "",
             read_only=spec.read_only, snapshot=spec.snapshot, persist=spec.persist, options=dict(spec.options),
             state=volume.state.value, since=volume.since, device=record.device if record else None,
-            link=layout.link(spec.name) if volume.seen.linked else None,
+            socket=record.socket if record else None,
+            link=layout.link(spec.name) if volume.seen.linked and record and record.device else None,
             size=(record.size or None) if record else None,
             logical_block_size=spec.logical_block_size if record else None,
             qsd_pid=record.process.pid if record and record.process and volume.attachment.qsd.alive else None,

@@ -83,7 +83,7 @@ def _attach(args: argparse.Namespace) -> int:
     if args.json:
         render.write_json(volume)
     else:
-        render.write(render.clean(volume.get("device") or ""))
+        render.write(render.clean(volume.get("device") or volume.get("socket") or ""))
     return 0
 
 
@@ -113,12 +113,25 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
+    if args.qemu_args:
+        return _qemu_args(args)
     with _client(args) as client:
         volume = _field(client.call("Show", {"name": args.name}, timeout=_QUICK), "volume", dict)
     if args.json:
         render.write_json(volume)
     else:
         render.write(render.volume_details(volume))
+    return 0
+
+
+def _qemu_args(args: argparse.Namespace) -> int:
+    with _client(args) as client:
+        # The daemon looks at the source, which may take its time, and says itself when it takes too long.
+        found = _field(client.call("QemuArguments", {"name": args.name}), "arguments", dict)
+    if args.json:
+        render.write_json(found)
+    else:
+        render.write(render.qemu_arguments(found))
     return 0
 
 
@@ -140,9 +153,25 @@ def _doctor(args: argparse.Namespace) -> int:
 
     from storaged import doctor
 
+    if args.kernel_config is not None:
+        return judge_kernel(args.kernel_config, as_json=args.json)
     found = doctor.examine(layout_of(args), _command(args))
     if args.json:
         render.write_json([asdict(finding) for finding in found])
+    else:
+        render.findings(found)
+    return doctor.exit_status(found)
+
+
+def judge_kernel(what: str, transport: str | None = None, *, as_json: bool = False) -> int:
+    """Print what a kernel's configuration allows, and return 1 when it is no transport, or not the one named."""
+    from dataclasses import asdict
+
+    from storaged import doctor
+
+    found, verdicts = doctor.examine_kernel(what, transport)
+    if as_json:
+        render.write_json([asdict(verdict) for verdict in verdicts])
     else:
         render.findings(found)
     return doctor.exit_status(found)

@@ -9,7 +9,7 @@ import storaged
 from storaged.model.formats import Format
 
 SHELLS = ("bash", "zsh", "fish")
-TRANSPORTS = ("auto", "fuse")
+TRANSPORTS = ("auto", "vduse", "nbd", "fuse", "vhost-user")
 
 _EXIT_CODES = """\
 exit status:
@@ -50,6 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = _command(commands, "show", "show all about a volume")
     _name(command, "the volume")
+    command.add_argument(
+        "--qemu-args", action="store_true", help="print the arguments with which a virtual machine's QEMU uses it"
+    )
     _json(command, "print an object")
 
     command = _command(commands, "watch", "print events as they happen, until Ctrl-C")
@@ -63,7 +66,15 @@ def build_parser() -> argparse.ArgumentParser:
     command = _command(
         commands, "doctor", "say what this host, its QEMU and this installation can do, and what is missing"
     )
-    _json(command, "print an array of findings")
+    command.add_argument(
+        "--kernel-config",
+        metavar="FILE",
+        nargs="?",
+        const="",
+        help="judge a kernel's configuration instead: a file, - for stdin, an installed kernel's release, or nothing"
+        " for the running kernel",
+    )
+    _json(command, "print an array of findings (of transports with --kernel-config)")
 
     command = _command(commands, "daemon", "run the daemon in the foreground")
     command.add_argument("--config", metavar="FILE", help="default: /etc/storaged/storaged.toml")
@@ -78,7 +89,7 @@ _Commands = argparse._SubParsersAction  # it has no public name; typeshed knows 
 
 
 def _attach(commands: _Commands[argparse.ArgumentParser]) -> None:
-    command = _command(commands, "attach", "attach a source as a block device, and print the device")
+    command = _command(commands, "attach", "attach a source as a block device, and print the device (or socket)")
     _name(command, "the volume's name: 1 to 63 of A-Z a-z 0-9 . _ -")
     command.add_argument(
         "source",

@@ -30,6 +30,12 @@ _MIN_LAST = 10
 _EXPENDABLE = ("TRANSPORT", "FORMAT", "SIZE", "MODE")
 #: Columns of what is no terminal, and so has no width.
 _ENDLESS = 100_000
+#: The forms of --qemu-args, in the order in which they are shown.
+_QEMU_FORMS = {
+    "vhost_user": "through the volume's socket",
+    "blockdev": "the source itself, with -blockdev",
+    "drive": "the source itself, with -drive",
+}
 _STYLES = {"ok": "green", "info": "cyan", "warn": "yellow", "fail": "bold red"}
 
 
@@ -131,6 +137,7 @@ def volume_details(volume: dict[str, Any], now: float | None = None) -> str:
         ("state", volume.get("state")),
         ("since", moment(volume.get("since"), now)),
         ("device", volume.get("device")),
+        ("socket", volume.get("socket")),
         ("link", volume.get("link")),
         ("size", f"{format_size(size)} ({size} bytes)" if isinstance(size, int) else None),
         ("block size", volume.get("logical_block_size")),
@@ -152,6 +159,31 @@ def volume_details(volume: dict[str, Any], now: float | None = None) -> str:
     shown = [(clean(key), clean(value)) for key, value in facts if value is not None]
     margin = max(_cells(key) for key, _ in shown) + 1
     return "\n".join(f"{_pad(key + ':', margin)} {value}" for key, value in shown)
+
+
+def qemu_arguments(found: dict[str, Any]) -> str:
+    """Return what ``storaged show --qemu-args`` prints: the forms, each ready to be pasted into a script."""
+    lines = [f"# {clean(note)}" for note in found.get("notes") or []]
+    for key, title in _QEMU_FORMS.items():
+        words = [str(word) for word in found.get(key) or []]
+        if not words:
+            continue
+        pairs = [" ".join(map(_shell_word, words[index:index + 2])) for index in range(0, len(words), 2)]
+        lines += ["", f"# {title}", *(f"{pair} \\" for pair in pairs[:-1]), pairs[-1]]
+    return "\n".join(lines).lstrip("\n")
+
+
+def _shell_word(word: str) -> str:
+    """Quote a word for a shell; what a terminal would obey is written as bash's $'…' has it."""
+    import shlex
+
+    if word.isprintable():
+        return shlex.quote(word)
+    letters = (
+        char if char.isprintable() and char not in "'\\" else "".join(f"\\{byte:03o}" for byte in char.encode())
+        for char in word
+    )
+    return f"$'{''.join(letters)}'"
 
 
 def event_line(event: dict[str, Any]) -> str:
@@ -233,7 +265,7 @@ def _row(volume: dict[str, Any]) -> tuple[str, ...]:
     cells: Iterable[object] = (
         volume.get("name"),
         state,
-        volume.get("device"),
+        volume.get("device") or volume.get("socket"),
         format_size(size) if isinstance(size, int) else None,
         volume.get("transport"),
         volume.get("format"),

@@ -8,9 +8,10 @@ import fcntl
 import os
 import threading
 import time
-from dataclasses import dataclass
 
 from storaged.errors import ErrorCode, StoragedError
+from storaged.host import disk
+from storaged.host.disk import Disk
 from storaged.host.users import device_users
 
 _LOOP_CTL_GET_FREE = 0x4C82
@@ -23,9 +24,6 @@ _READ_ONLY = 1
 _AUTOCLEAR = 4
 _PARTSCAN = 8
 _DIRECT_IO = 16
-#: udev looks at a new or changed device for a moment: that is not a user, wait for it to go (seconds).
-_PROBE_PATIENCE = 1.0
-_PROBE_STEP = 0.005
 
 
 class _Info64(ctypes.Structure):
@@ -59,17 +57,9 @@ class _Config(ctypes.Structure):
     ]
 
 
-@dataclass(frozen=True)
-class LoopDevice:
-    """A loop device that is set up: its path and the number that tells this set-up from any later one."""
-
-    path: str
-    diskseq: int
-
-
 def set_up(
     backing: str, *, label: str, read_only: bool, direct_io: bool, block_size: int, attempts: int = 64
-) -> LoopDevice:
+) -> Disk:
     """Put a free loop device over a file, in one ioctl (LOOP_CONFIGURE, Linux 5.8), and return it.
 
     ``label`` (at most 63 bytes) is for losetup's eyes, ``block_size`` the logical block size in bytes. The
@@ -99,7 +89,7 @@ def set_up(
                 ) from error
             finally:
                 os.close(fd)
-            return LoopDevice(path, diskseq(path))
+            return Disk(path, disk.diskseq(path))
         raise _no_free("every one was taken by somebody else first")
     finally:
         os.close(file)
@@ -125,52 +115,18 @@ def _no_free(cause: str) -> StoragedError:
     )
 
 
-def diskseq(path: str) -> int:
-    """Return the kernel's serial number of what is behind this device now (sysfs, Linux 5.15), 0 if unknown."""
-    text = _sysfs(path, "diskseq")
-    return int(text) if text else 0
-
-
 def backing_file(path: str) -> str | None:
     """Return the path of the backing file as the kernel sees it, None when the device is not set up."""
-    return _sysfs(path, "loop/backing_file")
+    return disk.attribute(path, "loop/backing_file")
 
 
-def _sysfs(path: str, attribute: str) -> str | None:
-    try:
-        with open(f"/sys/block/{os.path.basename(path)}/{attribute}", encoding="utf-8", errors="surrogateescape") as f:
-            return f.read().rstrip("\n")
-    except OSError:
-        return None
-
-
-def find_by_backing(backing: str) -> list[LoopDevice]:
+def find_by_backing(backing: str) -> list[Disk]:
     """Return the loop devices over exactly this path."""
     return [
-        LoopDevice(f"/dev/{entry}", diskseq(f"/dev/{entry}"))
+        Disk(f"/dev/{entry}", disk.diskseq(f"/dev/{entry}"))
         for entry in os.listdir("/sys/block")
         if entry.startswith("loop") and backing_file(f"/dev/{entry}") == backing
     ]
-
-
-def is_read_only(path: str) -> bool:
-    """Whether the kernel refuses writes to this device."""
-    return _sysfs(path, "ro") == "1"
-
-
-def partitions(path: str) -> dict[int, str]:
-    """Return the partitions that the kernel sees, by number: {1: "/dev/loop3p1"}."""
-    name = os.path.basename(path)
-    try:
-        entries = os.listdir(f"/sys/block/{name}")
-    except FileNotFoundError:
-        return {}
-    prefix = f"{name}p"
-    return {
-        int(entry.removeprefix(prefix)): f"/dev/{entry}"
-        for entry in entries
-        if entry.startswith(prefix) and entry.removeprefix(prefix).isdigit()
-    }
 
 
 def update_size(path: str) -> None:
@@ -182,21 +138,23 @@ def update_size(path: str) -> None:
         os.close(fd)
 
 
-def release(device: LoopDevice, *, read_only: bool, given_up: threading.Event) -> None:
+def release(device: Disk, *, read_only: bool, given_up: threading.Event) -> None:
     """Take a loop device away that nobody uses; data is flushed first.
 
     Refuses with DEVICE_IN_USE, the device as it was, when it is mounted, swapped on, held, or open anywhere.
     FLUSH_FAILED when what was written cannot be brought to the image. No error when it is gone already. A flush may
     hang; when it ends after ``given_up`` was set, the device is left as it is.
     """
-    deadline = time.monotonic() + _PROBE_PATIENCE
+    deadline = time.monotonic() + disk.PROBE_PATIENCE
     while True:
-        fd = _open_alone(device, read_only=read_only, deadline=deadline)
+        fd = disk.open_alone(
+            device.path, lambda: is_bound(device), read_only=read_only, deadline=deadline
+        )
         if fd is None:
             return
         try:
             if not read_only:
-                _flush(fd, device.path)
+                disk.flush(fd, device.path)
             if given_up.is_set():
                 return
             fcntl.ioctl(fd, _LOOP_CLR_FD)
@@ -212,11 +170,11 @@ def release(device: LoopDevice, *, read_only: bool, given_up: threading.Event) -
         # Somebody opened it without O_EXCL. LOOP_CLR_FD now means "at the last close": take that back.
         _clear_autoclear(device)
         if time.monotonic() >= deadline:
-            raise _in_use(device.path)
-        time.sleep(_PROBE_STEP)
+            raise disk.in_use(device.path)
+        time.sleep(disk.PROBE_STEP)
 
 
-def release_by_force(device: LoopDevice) -> list[str]:
+def release_by_force(device: Disk) -> list[str]:
     """Take a loop device away whoever uses it: at once if it is free, else at its last close.
 
     Returns who still uses it. Writes to nothing and waits for nothing.
@@ -237,59 +195,12 @@ def release_by_force(device: LoopDevice) -> list[str]:
     return device_users(device.path) if is_bound(device) else []
 
 
-def flush(device: LoopDevice) -> None:
-    """Bring what was written to the device into the image (fsync(2)). May block; raises FLUSH_FAILED."""
-    fd = os.open(device.path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        if is_bound(device):
-            _flush(fd, device.path)
-    finally:
-        os.close(fd)
-
-
-def _flush(fd: int, path: str) -> None:
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        raise StoragedError(
-            ErrorCode.FLUSH_FAILED, f"the data written to {path} cannot be flushed",
-            cause=error.strerror or str(error),
-            hint="make room or repair the storage below and detach again; --force gives the data up",
-        ) from error
-
-
-def _open_alone(device: LoopDevice, *, read_only: bool, deadline: float) -> int | None:
-    """Return an O_EXCL descriptor: while it is held, nobody can mount or claim the device. None: it is gone."""
-    while is_bound(device):
-        try:
-            return os.open(device.path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_EXCL | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            if error.errno != errno.EBUSY:
-                raise
-        users = device_users(device.path)
-        if users or time.monotonic() >= deadline:
-            raise _in_use(device.path, users)
-        time.sleep(_PROBE_STEP)
-    return None
-
-
-def _in_use(path: str, users: list[str] | None = None) -> StoragedError:
-    named = device_users(path) if users is None else users
-    return StoragedError(
-        ErrorCode.DEVICE_IN_USE, f"{path} is in use", cause=named[0] if named else "somebody has it open",
-        hint="unmount or close it first; detach --force ends it all the same",
-        users=named,
-    )
-
-
-def is_bound(device: LoopDevice) -> bool:
+def is_bound(device: Disk) -> bool:
     """Whether it is still set up, and by nobody else since."""
-    return backing_file(device.path) is not None and diskseq(device.path) == device.diskseq
+    return backing_file(device.path) is not None and disk.diskseq(device.path) == device.diskseq
 
 
-def _clear_autoclear(device: LoopDevice) -> None:
+def _clear_autoclear(device: Disk) -> None:
     try:
         fd = os.open(device.path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

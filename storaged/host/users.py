@@ -23,7 +23,7 @@ def device_users(device: str) -> list[str]:
     numbers = _device_numbers(name)
     names = {f"/dev/{number_name}" for number_name in numbers.values()}
     users = [f"held by {holder}" for holder in _holders(name)]
-    for look in (_swaps, lambda found: _mounts(found, names), _openers):
+    for look in (_swaps, lambda found: _mounts(found, names), lambda _: _loops(names), _openers):
         try:
             users += look(numbers)
         except (OSError, ValueError, IndexError) as error:
@@ -59,6 +59,19 @@ def _holders(name: str) -> list[str]:
     except FileNotFoundError:
         pass
     return sorted(found)
+
+
+def _loops(names: set[str]) -> list[str]:
+    """Loop devices over it: the kernel itself has it open then, and no process does."""
+    found = []
+    for entry in sorted(os.listdir("/sys/block")):
+        try:
+            with open(f"/sys/block/{entry}/loop/backing_file", encoding="utf-8", errors="surrogateescape") as file:
+                if file.read().rstrip("\n") in names:
+                    found.append(f"held by /dev/{entry}")
+        except OSError:
+            continue
+    return found
 
 
 def _swaps(numbers: dict[int, str]) -> list[str]:

@@ -76,6 +76,18 @@ def overlay_tree(cache: Mapping[str, bool]) -> Node:
     }
 
 
+def failing_node(size: int) -> Node:
+    """A disk of ``size`` bytes of which every request fails with EIO at once: the rescue server's."""
+    return {
+        "driver": "blkdebug", "node-name": DISK, "discard": "unmap",
+        "image": {"driver": "null-co", "size": size, "discard": "unmap"},
+        "inject-error": [
+            {"event": "none", "iotype": kind, "errno": 5, "once": False}
+            for kind in ("read", "write", "flush", "discard", "write-zeroes")
+        ],
+    }
+
+
 def node_names_needed(snapshot: bool) -> frozenset[str]:
     """The nodes that must exist before the disk counts as open."""
     return frozenset({DISK, BASE, OVERLAY_FILE}) if snapshot else frozenset({DISK})

@@ -48,6 +48,11 @@ class Layout:
         return f"{self.dev_dir}/{name}"
 
     @property
+    def vm_sockets_dir(self) -> str:
+        """The sockets of volumes that virtual machines use: their users may go through it, but not look."""
+        return f"{self.run_dir}/vhost-user"
+
+    @property
     def desired_persistent(self) -> str:
         """The wishes that outlive a reboot."""
         return f"{self.state_dir}/volumes"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 
@@ -28,7 +28,9 @@ class Device(StrEnum):
     NONE = "none"
     HEALTHY = "healthy"
     STALE = "stale"
-    """It exists, but nothing serves it any more."""
+    """It exists, nothing serves it any more, and nothing ever will."""
+    UNSERVED = "unserved"
+    """It exists, and its I/O waits until a successor serves it."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,15 @@ class Observed:
     """The stable name points to the device."""
     directory: bool = False
     """The volume's private directory or overlay is there."""
+    rescue: bool = False
+    """The process that runs is a rescue server, which fails all I/O."""
+    needs_server: bool = False
+    """Not even by force can the device be taken away while nothing serves it."""
+
+    @property
+    def nothing(self) -> bool:
+        """Whether nothing of the volume is there."""
+        return replace(self, needs_server=False) == Observed()
 
 
 class Step(StrEnum):
@@ -58,6 +69,10 @@ class Step(StrEnum):
     OPEN = "open"
     EXPORT = "export"
     CONNECT = "connect"
+    RECONNECT = "reconnect"
+    """Give a device that waits the connection to the present QSD."""
+    RESCUE = "rescue"
+    """Start a QSD that fails all I/O, so that a device without a server can be taken away."""
     PUBLISH = "publish"
     DISCONNECT = "disconnect"
     UNPUBLISH = "unpublish"
@@ -72,6 +87,8 @@ DOING = {
     Step.OPEN: "opening the source",
     Step.EXPORT: "exporting the disk",
     Step.CONNECT: "setting up the device",
+    Step.RECONNECT: "connecting the device to the new qemu-storage-daemon",
+    Step.RESCUE: "starting a rescue server, which ends the waiting I/O with errors",
     Step.PUBLISH: "linking the stable name",
     Step.DISCONNECT: "flushing and taking the device away",
     Step.UNPUBLISH: "removing the stable name",
@@ -80,17 +97,29 @@ DOING = {
 }
 
 
-def plan(goal: Goal, seen: Observed) -> Step | None:
-    """Return the next step towards ``goal``, None when it is reached or nothing can be done but wait."""
-    return _towards_attached(seen) if goal is Goal.ATTACHED else _towards_absent(seen)
+def plan(goal: Goal, seen: Observed, *, force: bool = False) -> Step | None:
+    """Return the next step towards ``goal``, None when it is reached or nothing can be done but wait.
+
+    ``force``: the device goes away whoever uses it, and its I/O may end with errors.
+    """
+    if goal is Goal.ATTACHED:
+        return _towards_attached(seen)
+    if seen.device is Device.UNSERVED or (seen.needs_server and force and seen.device is Device.HEALTHY):
+        return _towards_a_server(seen, force=force)
+    return _towards_absent(seen)
 
 
 def _towards_attached(seen: Observed) -> Step | None:
     if seen.qsd is Qsd.SILENT:
         # It may be opening, or hang, and it may write again: nothing is done over its head.
         return None
+    if seen.rescue:
+        # The real one takes its place.
+        return Step.STOP
     dead = seen.qsd is Qsd.NONE or not seen.exported
-    if seen.device is Device.STALE or (dead and (seen.remains or seen.device is not Device.NONE)):
+    if seen.device is Device.STALE or (
+        dead and seen.device is not Device.UNSERVED and (seen.remains or seen.device is not Device.NONE)
+    ):
         return Step.CLEAR
     if seen.qsd is Qsd.NONE:
         return Step.START
@@ -100,9 +129,27 @@ def _towards_attached(seen: Observed) -> Step | None:
         return Step.EXPORT
     if seen.device is Device.NONE:
         return Step.CONNECT
+    if seen.device is Device.UNSERVED:
+        return Step.RECONNECT
     if not seen.linked:
         return Step.PUBLISH
     return None
+
+
+def _towards_a_server(seen: Observed, *, force: bool) -> Step | None:
+    """A device whose I/O waits: what was written is flushed by a successor, or ended by force."""
+    if force and not seen.needs_server:
+        return Step.DISCONNECT
+    if seen.qsd is Qsd.SILENT:
+        return Step.STOP if force else None
+    if seen.qsd is Qsd.NONE:
+        return Step.RESCUE if force else Step.START
+    if not seen.opened:
+        # A rescue server never opens the source: a half-made one gives way to the next.
+        return Step.STOP if force or seen.rescue else Step.OPEN
+    if not seen.exported:
+        return Step.EXPORT
+    return Step.DISCONNECT if force or seen.device is Device.HEALTHY else Step.RECONNECT
 
 
 def _towards_absent(seen: Observed) -> Step | None:

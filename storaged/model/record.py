@@ -31,6 +31,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     process: ProcessIdentity | None = None
     sources: dict[str, bool] = {}
     """The source identities that the process holds locks on, and whether it writes to them."""
+    settings: dict[str, int] = {}
+    """What was chosen for the transport: queues, sizes, timeouts. A successor must have the same."""
     size: int = 0
     """Bytes of the disk once it was opened, 0 before."""
     device: str | None = None
@@ -39,3 +41,9 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """/sys/block/X/diskseq of that device: another number means that it is another disk by now."""
     direct_io: bool = False
     overlay: str | None = None
+    served_by: ProcessIdentity | None = None
+    """The process that the device is connected to, where a device can outlive its server's connection (nbd)."""
+    socket: str | None = None
+    """The socket for a virtual machine, where there is no device (vhost-user)."""
+    rescue: bool = False
+    """The process is a rescue server: it has not opened the source, and fails all I/O."""

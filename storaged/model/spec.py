@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Literal
 
 import msgspec
@@ -60,7 +61,7 @@ class Desired(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     wanted: Literal["attached", "absent"] = "attached"
 
 
-def check_spec(spec: VolumeSpec, backend_options: frozenset[str]) -> None:
+def check_spec(spec: VolumeSpec, further_options: Set[str]) -> None:
     """Raise INVALID_NAME or INVALID_ARGUMENT where the wishes make no sense together."""
 
     def refuse(message: str, hint: str) -> None:
@@ -68,7 +69,7 @@ def check_spec(spec: VolumeSpec, backend_options: frozenset[str]) -> None:
 
     check_name(spec.name)
     options = spec.options
-    known = COMMON_OPTIONS.keys() | backend_options
+    known = COMMON_OPTIONS.keys() | further_options
     for key in options:
         if key not in known:
             refuse(f"unknown option {key!r}", f"known here: {', '.join(sorted(known))}")

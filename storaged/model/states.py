@@ -51,10 +51,9 @@ def state_of(goal: Goal, seen: Observed, *, was_online: bool, failed: bool) -> S
     ``failed``: the last try ended with a failure and nothing is being done about it at the moment.
     """
     if goal is Goal.ABSENT:
-        nothing = seen == Observed()
-        return State.ABSENT if nothing else State.FAILED if failed else State.DETACHING
+        return State.ABSENT if seen.nothing else State.FAILED if failed else State.DETACHING
     usable = seen.qsd is Qsd.RUNNING and seen.exported and seen.device is Device.HEALTHY and seen.linked
-    if usable:
+    if usable and not seen.rescue:
         return State.ONLINE
     if seen.qsd is Qsd.SILENT:
         return State.HUNG

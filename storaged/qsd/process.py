@@ -59,7 +59,8 @@ def spawn(binary: str, directory: str, listener: socket.socket, keep: Sequence[i
                     "--monitor", "chardev=qmp",
                     "--pidfile", pidfile(directory),
                 ],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", env=environment,
+                # Its working directory: sockets are named without the directory, whose path may be too long for them.
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=directory, env=environment,
                 pass_fds=[listener.fileno(), *keep], start_new_session=True,
             )
         except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import NamedTuple
 
 _VERSION = re.compile(r"version (\d+)\.(\d+)\.(\d+)")
@@ -35,3 +36,29 @@ def loop_direct_io_is_safe(version: QsdVersion) -> bool:
     if version[:2] == (10, 0):
         return version.micro >= 10
     return version.major >= 11
+
+
+@dataclass(frozen=True)
+class Build:
+    """A qemu-storage-daemon program: its release, and what it was built with."""
+
+    version: QsdVersion
+    exports: frozenset[str]
+    """The types of --export that it knows."""
+    vduse_serial: bool = False
+    """vduse-blk has an option for the disk's serial number."""
+
+
+_EXPORT_TYPE = re.compile(r"--export \[type=\]([a-z-]+)(.*?)(?=--export|\n\n|\Z)", re.DOTALL)
+
+
+def parse_build(version: str, help: str) -> Build | None:
+    """Return the build from the output of ``--version`` and ``--help`` (storage-daemon/qemu-storage-daemon.c in QEMU).
+
+    What was not compiled in is not in the help. None where there is no version.
+    """
+    release = parse_version(version)
+    if release is None:
+        return None
+    types = dict(_EXPORT_TYPE.findall(help))
+    return Build(release, frozenset(types), vduse_serial="serial=" in types.get("vduse-blk", ""))

@@ -5,41 +5,27 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import socket
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import msgspec
 
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import links, process
-from storaged.host.atomic import write_atomic
 from storaged.host.blocking import BlockingCalls
-from storaged.host.unixsock import bind_unix, connect_unix
 from storaged.model import blockdev
 from storaged.model.plan import Device, Observed, Qsd, Step
+from storaged.model.qemu_args import QemuArguments, qemu_arguments
 from storaged.model.record import ProcessIdentity, Record
 from storaged.model.sizes import MAX_SIZE
 from storaged.model.spec import VolumeSpec
-from storaged.qsd.process import find_binary, pidfile, qmp_socket, spawn
+from storaged.qsd.process import pidfile
 from storaged.qsd.served import ServedQsd
-from storaged.supervisor import opening, overlay
+from storaged.supervisor import launch, opening, overlay
 from storaged.supervisor.environment import Environment
 from storaged.supervisor.snapshot import open_snapshot
-from storaged.transports import TRANSPORTS, choose_transport
-from storaged.transports.base import Site, Transport
-
-
-@dataclass(frozen=True)
-class _Started:
-    """A QSD that was just started."""
-
-    opening: opening.Opening
-    record: Record
-    monitor: socket.socket
-    pid: int
-    pidfd: int
+from storaged.transports import TRANSPORTS
+from storaged.transports.base import Seen, Site, Transport
 
 
 class Attachment:
@@ -53,19 +39,22 @@ class Attachment:
         self.qsd = ServedQsd(environment.layout.volume_dir(spec.name), wake)
         self._environment = environment
         self._directory = environment.layout.volume_dir(spec.name)
-        self._site = Site(spec.name, self._directory, BlockingCalls(spec.name))
+        self._site = Site(
+            spec.name, self._directory, BlockingCalls(spec.name), environment.layout.vm_sockets_dir
+        )
         # Calls that touch the source have threads of their own: a source that hangs must not use up those that a
         # detach needs.
         self._source_calls = BlockingCalls(f"{spec.name}, source")
         self._opening: opening.Opening | None = None
+        self._wake = wake
+        self._connection_lost = False
 
     # What is there -------------------------------------------------------------------------------------------
 
     @property
     def transport(self) -> Transport:
-        """The transport in use; without a record any one that may have left something (all look the same)."""
-        name = self.record.transport if self.record else next(iter(TRANSPORTS))
-        return TRANSPORTS[name]
+        """The transport in use; without a record the one whose remains can be told to be ours by their path alone."""
+        return TRANSPORTS[self.record.transport if self.record else "fuse"]
 
     @property
     def blocking(self) -> BlockingCalls:
@@ -74,6 +63,11 @@ class Attachment:
 
     async def observe(self) -> Observed:
         """Look at the process, at QMP, and at the host's side."""
+        if self._connection_lost:
+            self._connection_lost = False
+            if self.record is not None and self.record.served_by is not None:
+                await self._note(served_by=None)
+        await self._note_unrecorded_device()
         qsd, opened, export = Qsd.NONE, False, False
         if self.qsd.alive:
             try:
@@ -90,20 +84,31 @@ class Attachment:
         seen = self.transport.observe(self._site, self.record, alive=export or qsd is Qsd.SILENT)
         return Observed(
             qsd=qsd, opened=opened, exported=(export or qsd is Qsd.SILENT) and seen.reachable,
-            remains=seen.remains, device=seen.device, linked=self._linked(), directory=self._has_directory(),
+            remains=seen.remains, device=seen.device, linked=self._linked(seen), directory=self._has_directory(),
+            rescue=self.qsd.alive and self.record is not None and self.record.rescue,
+            needs_server=self.transport.needs_server,
         )
+
+    async def _note_unrecorded_device(self) -> None:
+        """A set-up that was given up, or whose daemon died, may have made a device all the same.
+
+        It must not be overlooked where it cannot be taken away without a server.
+        """
+        if self.record is None or self.record.device is not None or not self.transport.needs_server:
+            return
+        found = self.transport.find_device(self._site)
+        if found is not None:
+            await self._note(device=found.device, diskseq=found.diskseq)
 
     def looks_well(self) -> bool:
         """Whether an online volume still is, judged by sysfs and mounts alone: cheap, never blocks."""
-        if not self.qsd.alive:
+        if not self.qsd.alive or self._connection_lost:
             return False
         record = self.record
-        if record is None or record.device is None:
+        if record is None or self.transport.observe(self._site, record, alive=True).device is not Device.HEALTHY:
             return False
-        return self.transport.observe(self._site, record, alive=True).device is Device.HEALTHY and (
-            links.links_are_there(
-                self._environment.layout.dev_dir, self.spec.name, record.device, self.transport.partitions(record)
-            )
+        return record.device is None or links.links_are_there(
+            self._environment.layout.dev_dir, self.spec.name, record.device, self.transport.partitions(record)
         )
 
     async def answers(self) -> bool:
@@ -114,8 +119,19 @@ class Attachment:
             await self.qsd.note_answer(error)
             return False
 
-    def _linked(self) -> bool:
+    async def qemu_arguments(self, timeout: float) -> QemuArguments:
+        """What a virtual machine's QEMU needs to use the source, or the socket. Changes nothing.
+
+        Raises what ``opening.inspect`` raises, and HOST_STUCK where the source does not answer.
+        """
+        wanted = await self._source_calls("look at the source", timeout, opening.inspect, self.spec)
+        return qemu_arguments(wanted.node, self.spec, self.record)
+
+    def _linked(self, seen: Seen) -> bool:
         directory = self._environment.layout.dev_dir
+        if self.record is not None and self.record.socket is not None:
+            # A socket has no other name.
+            return seen.device is Device.HEALTHY
         if self.record is None or self.record.device is None:
             return links.any_link(directory, self.spec.name)
         partitions = self.transport.partitions(self.record)
@@ -140,30 +156,40 @@ class Attachment:
         if record is not None:
             self.spec = record.spec
             self._environment.claims.hold(self.spec.name, record.sources)
-            if record.process is not None and self.qsd.find(record.process):
-                found = self.transport.find_device(self._site)
-                if record.device is None and found is not None:
-                    # The daemon died between the set-up and the record.
-                    await self._note(device=found.device, diskseq=found.diskseq)
+            alive = record.process is not None and self.qsd.find(record.process)
+            found = self.transport.find_device(self._site)
+            if record.device is None and found is not None:
+                # The daemon died between the set-up and the record.
+                await self._note(device=found.device, diskseq=found.diskseq)
+            if record.served_by is not None:
+                # Nobody has watched its connection meanwhile: it gets a new one, which the kernel takes or drops.
+                await self._note(served_by=None)
+            if alive:
                 return
-        elif (device := self.transport.find_device(self._site)) is not None:
-            strays = await self._site.blocking("look for processes", 10, self._strays)
-            self._adopt_in_doubt(device.device, device.diskseq, strays)
+        else:
+            await self._refuse_what_is_in_doubt(damage)
+        await self._end_strays()
+
+    async def _refuse_what_is_in_doubt(self, damage: str) -> None:
+        """Hold on to a device without a record, so that the user can detach it; nothing else is done with it."""
+        strays = await self._site.blocking("look for processes", 10, self._strays)
+        for transport in TRANSPORTS.values():
+            # A name that all of the host share is ours only while our process holds the lock on it.
+            found = transport.find_device(self._site) if strays or not transport.claims(self._site) else None
+            if found is None or found.device is None:
+                continue
+            self.record = Record(
+                spec=self.spec, transport=transport.name, transport_reason="found without a record",
+                binary="", process=strays[0] if strays else None, device=found.device, diskseq=found.diskseq,
+                served_by=strays[0] if strays else None,
+            )
+            if strays:
+                self.qsd.find(strays[0])
             raise StoragedError(
-                ErrorCode.ADOPTION_REFUSED, f"the record of {device.device} is lost", volume=self.spec.name,
+                ErrorCode.ADOPTION_REFUSED, f"the record of {found.device} is lost", volume=self.spec.name,
                 step="adopt", cause=damage or "there is none",
                 hint="the device goes on working; detach the volume and attach it again when it is free",
             )
-        await self._end_strays()
-
-    def _adopt_in_doubt(self, device: str, diskseq: int, strays: list[ProcessIdentity]) -> None:
-        """Hold on to what was found, so that the user can detach it; nothing else is done with it."""
-        self.record = Record(
-            spec=self.spec, transport=self.transport.name, transport_reason="found without a record",
-            binary="", process=strays[0] if strays else None, device=device, diskseq=diskseq,
-        )
-        if strays:
-            self.qsd.find(strays[0])
 
     def _strays(self) -> list[ProcessIdentity]:
         return process.find_by_arguments("--pidfile", pidfile(self._directory))
@@ -176,7 +202,7 @@ class Attachment:
 
     def _read_record(self) -> tuple[Record | None, str]:
         try:
-            with open(os.path.join(self._directory, "record.json"), "rb") as file:
+            with open(launch.record_path(self._directory), "rb") as file:
                 record = msgspec.json.decode(file.read(), type=Record)
         except FileNotFoundError:
             return None, ""
@@ -220,7 +246,17 @@ class Attachment:
             case Step.CONNECT:
                 connected = await self.transport.connect(self._site, self._known(), timeout)
                 self._environment.fault("connect: made")
-                await self._note(device=connected.device, diskseq=connected.diskseq, direct_io=connected.direct_io)
+                await self._note(
+                    device=connected.device, diskseq=connected.diskseq, direct_io=connected.direct_io,
+                    socket=connected.socket,
+                )
+                if connected.served:
+                    await self._note_connection()
+            case Step.RECONNECT:
+                await self.transport.reconnect(self._site, self._known(), timeout)
+                await self._note_connection()
+            case Step.RESCUE:
+                await self._rescue(timeout)
             case Step.PUBLISH:
                 record = self._known()
                 links.publish(
@@ -249,77 +285,70 @@ class Attachment:
             raise StoragedError(ErrorCode.INVALID_SIZE, f"{size} bytes are more than the kernel can address")
         if size % max(512, record.spec.logical_block_size):
             raise StoragedError(ErrorCode.INVALID_SIZE, f"{size} is no multiple of the block size")
+        if size > present and not self.transport.grows:
+            raise StoragedError(
+                ErrorCode.UNSUPPORTED, f"a volume on {record.transport} cannot grow while it is attached",
+                cause="QEMU does not resize a disk that it exports in this way",
+                hint="detach it, resize the image (qemu-img resize), and attach it again; or use --transport vduse",
+            )
         if size > present:
             if record.spec.read_only:
                 raise StoragedError(ErrorCode.UNSUPPORTED, "a read-only volume cannot grow")
             await session.execute("block_resize", {"node-name": blockdev.DISK, "size": size}, timeout=timeout)
-        await self._note(size=size)
-        await self.transport.resized(self._site, self._known(), size, timeout)
+            await self._note(size=size)
+        if self.transport.grows:
+            await self.transport.resized(self._site, self._known(), size, timeout)
 
     async def leave(self) -> None:
         """The volume is gone, or the daemon ends: let go of everything without touching it."""
+        self._forget_connection()
         self._environment.claims.drop(self.spec.name)
         await self.qsd.leave()
 
     async def _start(self, timeout: float) -> None:
-        spec, environment = self.spec, self._environment
-        former = self.record
-        transport, why = (
-            (TRANSPORTS[former.transport], former.transport_reason) if former is not None
-            else choose_transport(spec.transport, None)
-        )
+        given_up, former = threading.Event(), self.record
 
-        given_up = threading.Event()
-
-        def work() -> _Started:
-            known = former.binary if former is not None else ""
-            binary = find_binary(known or environment.config.qsd.binary)
-            wanted = opening.inspect(spec)
-            if given_up.is_set():
-                # The source let this thread hang for so long that the volume may be gone by now.
-                raise StoragedError(ErrorCode.HOST_STUCK, "too late")
-            if former is not None and former.sources and former.sources != wanted.sources:
-                raise StoragedError(
-                    ErrorCode.SOURCE_CHANGED, "the source is not the one that was attached",
-                    cause="it was replaced or moved while qemu-storage-daemon was down",
-                    hint="bring the old one back; or detach the volume and attach it again",
-                )
-            environment.claims.hold(spec.name, wanted.sources)
-            held = opening.take(wanted, environment.lock_directory, f"volume {spec.name} ({self._directory})")
-            try:
-                os.makedirs(os.path.join(self._directory, "tmp"), mode=0o700, exist_ok=True)
-                place = self._reserve_overlay() if spec.snapshot else None
-                record = Record(
-                    spec=spec, transport=transport.name, transport_reason=why, binary=binary,
-                    sources=dict(wanted.sources), overlay=place, size=former.size if former else 0,
-                )
-                self._write_record(record)
-                environment.fault("start: recorded")
-                with bind_unix(qmp_socket(self._directory), mode=0o600) as listener:
-                    # In the backlog before QSD is there: it is served as soon as its main loop runs.
-                    monitor = connect_unix(qmp_socket(self._directory))
-                    pid, pidfd = spawn(binary, self._directory, listener, held)
-                environment.fault("start: spawned")
-                return _Started(wanted, record, monitor, pid, pidfd)
-            finally:
-                for fd in held:
-                    os.close(fd)
-
-        def too_late(started: _Started) -> None:
-            # Nobody waits for this QSD any more, and it has opened nothing yet.
-            started.monitor.close()
-            process.kill(started.pidfd)
-            os.close(started.pidfd)
+        def work() -> launch.Started:
+            return launch.launch(
+                self.spec, former, self._site, self._environment, timeout=timeout, given_up=given_up
+            )
 
         try:
-            started = await self._source_calls.with_late_result("start QSD", timeout, work, too_late)
+            started = await self._source_calls.with_late_result("start QSD", timeout, work, launch.Started.give_up)
         except BaseException:
             given_up.set()
             raise
+        await self._greet(started, timeout)
+
+    async def _greet(self, started: launch.Started, timeout: float) -> None:
         self._opening, self.record = started.opening, started.record
         session = await self.qsd.greet(started.pidfd, started.monitor, timeout=timeout)
         # Only now it is surely itself: qsd.binary may be a script that executes the real one.
         await self._note(process=process.identify(started.pid), qsd_version=session.version)
+
+    async def _note_connection(self) -> None:
+        """The device has a connection to the present QSD."""
+        record = self._known()
+        if self.transport.reconnects and record.device is not None:
+            await self._note(served_by=record.process)
+            self._environment.dead_links.watch(record.device, self._on_lost_connection)
+
+    def _on_lost_connection(self) -> None:
+        self._connection_lost = True
+        self._wake()
+
+    async def _rescue(self, timeout: float) -> None:
+        """A server in the place of a dead one that fails all I/O: it needs the name, the queues and the log."""
+        def work() -> launch.Started:
+            return launch.launch_rescue(self._known(), self._site, self._environment)
+
+        await self._greet(
+            await self._site.blocking.with_late_result("start QSD", timeout, work, launch.Started.give_up), timeout
+        )
+        session = await self.qsd.session()
+        for command, arguments in self.transport.setup(self._site, self._known()):
+            await session.execute(command, arguments)
+        await session.execute("blockdev-add", blockdev.failing_node(self._known().size))
 
     async def _open(self, timeout: float) -> None:
         spec, wanted = self.spec, self._opening
@@ -328,6 +357,8 @@ class Attachment:
             await self.qsd.kill()
             return
         session = await self.qsd.session()
+        for command, arguments in self.transport.setup(self._site, self._known()):
+            await session.execute(command, arguments)
         if wanted.key_file is not None:
             secret = await self._source_calls(
                 "read the key file", timeout, opening.read_passphrase, wanted.key_file
@@ -356,17 +387,14 @@ class Attachment:
             )
         await self._note(size=size)
 
-    def _reserve_overlay(self) -> str:
-        layout, spec = self._environment.layout, self.spec
-        overlay.limit_of(spec)
-        place = spec.snapshot_dir or self._environment.config.snapshot_dir
-        return overlay.reserve(layout.snapshots_dir, place, spec.name)
-
     async def _export(self, timeout: float) -> None:
         record, session = self._known(), await self.qsd.session()
         if await session.has_export(blockdev.EXPORT):
             # The host's end of it is gone (somebody unmounted it); QSD has not noticed.
             await session.delete_export(blockdev.EXPORT, timeout=timeout)
+        if record.socket is not None or record.served_by is not None:
+            # What stood on an earlier export: it has to be made, or connected, anew.
+            await self._note(socket=None, served_by=None)
         await self.transport.prepare(self._site, record, timeout)
         options = self.transport.export(self._site, record)
         if record.spec.options.get("cache") in ("writethrough", "directsync"):
@@ -375,10 +403,9 @@ class Attachment:
 
     async def _disconnect(self, timeout: float, *, force: bool) -> None:
         record = self._known()
-        if force:
-            self.notes += await self.transport.disconnect_by_force(
-                self._site, record, timeout, flush=not self.qsd.silent
-            )
+        if force or record.rescue:
+            if not await self._disconnect_by_force(record, timeout):
+                return
         else:
             try:
                 await self.transport.disconnect(self._site, record, timeout)
@@ -390,6 +417,21 @@ class Attachment:
                     ) from error
                 raise
         await self._forget_device()
+
+    async def _disconnect_by_force(self, record: Record, timeout: float) -> bool:
+        """Return whether the device is gone; it is not where it has to get a rescue server first."""
+        try:
+            self.notes += await self.transport.disconnect_by_force(
+                self._site, record, timeout, flush=not (self.qsd.silent or record.rescue)
+            )
+        except StoragedError as error:
+            if error.code is not ErrorCode.HOST_STUCK or not self.transport.needs_server or record.rescue:
+                raise
+            # Its requests wait for storage that does not answer. A rescue server will end them.
+            self.notes.append(f"all I/O in flight ends with errors: {error.message}")
+            await self.qsd.kill()
+            return False
+        return True
 
     def _remove(self) -> None:
         overlay.remove(self._environment.layout.snapshots_dir, self.spec.name)
@@ -403,13 +445,15 @@ class Attachment:
             raise StoragedError(ErrorCode.INTERNAL, "a step needs a record and there is none")
         return self.record
 
+    def _forget_connection(self) -> None:
+        if self.record is not None and self.record.device is not None and self.transport.reconnects:
+            self._environment.dead_links.forget(self.record.device)
+
     async def _forget_device(self) -> None:
-        if self.record is not None and self.record.device is not None:
-            await self._note(device=None, diskseq=0)
+        self._forget_connection()
+        if self.record is not None and (self.record.device is not None or self.record.socket is not None):
+            await self._note(device=None, diskseq=0, socket=None, served_by=None)
 
     async def _note(self, **changes: object) -> None:
         self.record = msgspec.structs.replace(self._known(), **changes)
-        await self._site.blocking("write the record", 10, self._write_record, self.record)
-
-    def _write_record(self, record: Record) -> None:
-        write_atomic(os.path.join(self._directory, "record.json"), msgspec.json.encode(record))
+        await self._site.blocking("write the record", 10, launch.write_record, self._directory, self.record)

@@ -8,6 +8,7 @@ from storaged.model.config import Config
 from storaged.model.layout import Layout
 from storaged.store.base import Store
 from storaged.supervisor.claims import Claims
+from storaged.supervisor.deadlinks import DeadLinks
 from storaged.supervisor.events import EventHub
 from storaged.supervisor.faults import Fault, no_fault
 
@@ -23,6 +24,7 @@ class Environment:
     events: EventHub
     lock_directory: str
     claims: Claims = field(default_factory=Claims)
+    dead_links: DeadLinks = field(default_factory=DeadLinks)
     fault: Fault = no_fault
 
     def store_of(self, persist: bool) -> Store:

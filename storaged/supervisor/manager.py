@@ -16,13 +16,14 @@ from storaged.host.atomic import write_atomic
 from storaged.host.blocking import BlockingCalls
 from storaged.host.process import boot_id
 from storaged.model.names import check_name
+from storaged.model.qemu_args import QemuArguments
 from storaged.model.record import Record
 from storaged.model.spec import Desired, VolumeSpec, check_spec, without_defaults
 from storaged.store.base import Damaged
 from storaged.supervisor import overlay
 from storaged.supervisor.environment import Environment
 from storaged.supervisor.volume import Volume
-from storaged.transports import choose_transport
+from storaged.transports import check_transport, options_of
 
 log = logging.getLogger("storaged.manager")
 
@@ -106,18 +107,24 @@ class Manager:
         await volume.resize(size, timeout or self.environment.config.attach_timeout)
         return volume
 
+    async def qemu_arguments(self, name: str) -> QemuArguments:
+        """Return the arguments with which a virtual machine's QEMU uses a volume."""
+        try:
+            return await self.get(name).attachment.qemu_arguments(self.environment.config.attach_timeout)
+        except StoragedError as error:
+            raise error.at(volume=name) from error
+
     def _check(self, spec: VolumeSpec) -> None:
         """Refuse what can be refused without touching anything."""
         check_name(spec.name)
         try:
             backend = find_backend(spec.source)
-            check_spec(spec, frozenset(backend.options))
+            check_spec(spec, backend.options.keys() | options_of(spec.transport).keys())
             backend.check_options(spec.options)
             backend.parse(spec.source)
             if spec.snapshot:
                 overlay.limit_of(spec)
-            if spec.transport != "auto":
-                choose_transport(spec.transport, None)
+            check_transport(spec)
         except StoragedError as error:
             error.at(volume=spec.name)
             raise

@@ -11,12 +11,13 @@ from typing import Any
 from storaged.backends import BACKENDS, find_backend
 from storaged.backends.local import CACHE_FLAGS
 from storaged.errors import ErrorCode, StoragedError
-from storaged.host import locks, loop, process
+from storaged.host import disk, locks, loop, process
 from storaged.host.chain import ImageFile, inspect_chain
 from storaged.host.identity import block_identity, file_identity, identities, own_identity
 from storaged.model.blockdev import BASE, DISK, PASSPHRASE, Image, image_tree
 from storaged.model.formats import Format
 from storaged.model.spec import VolumeSpec, check_spec
+from storaged.transports import options_of
 
 #: A passphrase is not a disk image (bytes).
 _MAX_KEY = 64 * 1024
@@ -52,7 +53,7 @@ def inspect(spec: VolumeSpec) -> Opening:
     Raises what storaged.host.chain raises, and SOURCE_IN_USE where a foreign loop device stands on the file.
     """
     backend = find_backend(spec.source)
-    check_spec(spec, frozenset(backend.options))
+    check_spec(spec, backend.options.keys() | options_of(spec.transport).keys())
     backend.check_options(spec.options)
     path = backend.parse(spec.source)
     chain = inspect_chain(path, spec.format, spec.allowed_backing)
@@ -161,7 +162,7 @@ def _refuse_foreign_loop(file: ImageFile, exclusive: bool) -> None:
     """A loop device that somebody set up over the file writes to it past our locks, or reads what we write."""
     # Compared by path, not by stat: the backing file of somebody's loop device may hang.
     for device in loop.find_by_backing(file.path):
-        if exclusive or not loop.is_read_only(device.path):
+        if exclusive or not disk.is_read_only(device.path):
             raise StoragedError(
                 ErrorCode.SOURCE_IN_USE, "the source is in use", cause=f"{device.path} is set up over {file.path}",
                 hint=f"losetup -d {device.path}, or attach that device instead", users=[device.path],

@@ -39,6 +39,8 @@ _UNDO_PATIENCE = 30.0
 
 #: These say something about the request, and nothing about the volume.
 _OF_THE_REQUEST = frozenset({ErrorCode.VOLUME_BUSY, ErrorCode.VOLUME_EXISTS})
+#: Steps of a detach that leave the device as it is when they fail: it may need a successor of a dead QSD first.
+_TAKES_NOTHING_AWAY = frozenset({Step.START, Step.OPEN, Step.EXPORT, Step.RECONNECT, Step.DISCONNECT})
 #: Refusals of a detach that leave the volume as it was.
 _REFUSALS = frozenset({ErrorCode.DEVICE_IN_USE, ErrorCode.FLUSH_FAILED})
 
@@ -236,8 +238,9 @@ class Volume:
     async def _adopt(self) -> None:
         await self.attachment.adopt()
         self.spec = self.attachment.spec
-        # The record of a device means that it has been usable: what is missing now is replaced.
-        self._was_online = self.attachment.record is not None and self.attachment.record.device is not None
+        # The record of a device, or a socket, means that it has been usable: what is missing now is replaced.
+        record = self.attachment.record
+        self._was_online = record is not None and (record.device or record.socket) is not None
         try:
             await self._converge()
         except StoragedError as error:
@@ -353,7 +356,7 @@ class Volume:
             if not stored:
                 self.goal = before
             elif error.code in _REFUSALS or (
-                not force and self._step is Step.DISCONNECT and error.code is not ErrorCode.HOST_STUCK
+                not force and self._step in _TAKES_NOTHING_AWAY and error.code is not ErrorCode.HOST_STUCK
             ):
                 # The device goes first, so nothing was changed yet. (What hangs may still happen.)
                 await self._keep(str(error))
@@ -387,7 +390,7 @@ class Volume:
         self._step = None
         while True:
             self.seen = await self.attachment.observe()
-            step = plan(self.goal, self.seen)
+            step = plan(self.goal, self.seen, force=force)
             repeats = repeats + 1 if step is last else 1
             last = step
             self._settle(working=step is not None)
@@ -413,7 +416,7 @@ class Volume:
                 if notes is not None:
                     notes.append(note)
             self._step = None
-        if self.goal is Goal.ABSENT:
+        if self.goal is Goal.ABSENT and self.state is State.ABSENT:
             store = self._environment.store_of(self.spec.persist)
             self._environment.fault("before forget")
             await self.attachment.blocking("forget the volume", 30.0, store.delete, self.spec.name)

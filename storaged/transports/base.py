@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from storaged.host import disk
 from storaged.host.blocking import BlockingCalls
 from storaged.model.plan import Device
 from storaged.model.record import Record
-from storaged.qsd.version import QsdVersion
+from storaged.model.spec import VolumeSpec
+from storaged.qsd.version import Build
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,13 @@ class Site:
     name: str
     directory: str
     blocking: BlockingCalls
+    socket_directory: str
+    """Where sockets for virtual machines are."""
+
+    @property
+    def bus_name(self) -> str:
+        """The volume's name where all of the host meet: on the vDPA bus, among NBD's backends."""
+        return f"storaged.{self.name}"
 
 
 @dataclass(frozen=True)
@@ -41,11 +51,14 @@ class Seen:
 
 @dataclass(frozen=True)
 class Connected:
-    """A device that a transport set up."""
+    """A device that a transport set up; or a socket, where a virtual machine is to use it."""
 
-    device: str
-    diskseq: int
-    direct_io: bool
+    device: str | None
+    diskseq: int = 0
+    direct_io: bool = False
+    socket: str | None = None
+    served: bool = True
+    """It is connected to the present QSD; false for one that was found and may be connected to an older one."""
 
 
 class Transport(Protocol):
@@ -55,8 +68,39 @@ class Transport(Protocol):
     def name(self) -> str:
         """As the user writes it."""
 
-    def probe(self, version: QsdVersion | None) -> Availability:
-        """Look, without changing anything, whether this host and this QSD can do it."""
+    @property
+    def options(self) -> Mapping[str, str]:
+        """The options -o KEY=VALUE that it has, and what each means."""
+
+    @property
+    def needs_server(self) -> bool:
+        """Whether its device cannot be taken away, not even by force, while nothing serves it."""
+
+    @property
+    def reconnects(self) -> bool:
+        """Whether its device has a connection of its own, which has to be made anew to each QSD."""
+
+    @property
+    def grows(self) -> bool:
+        """Whether the disk can grow while it is attached."""
+
+    def probe(self, build: Build | None) -> Availability:
+        """Look, without changing anything, whether this host and this QSD can do it. None: of QSD nothing is known."""
+
+    def make_ready(self, timeout: float) -> None:
+        """Load the modules that it needs. Blocks. Raises TRANSPORT_UNAVAILABLE, TIMEOUT."""
+
+    def settings(self, spec: VolumeSpec, build: Build) -> dict[str, int]:
+        """Choose queues, sizes and timeouts for a new attachment. Raises INVALID_ARGUMENT."""
+
+    def claims(self, site: Site) -> tuple[str, ...]:
+        """Return the host-wide names that the volume's QSD must hold locks on."""
+
+    def refuse_foreign(self, site: Site) -> None:
+        """Raise NAME_TAKEN where the host has a device of this volume's name that this daemon did not make."""
+
+    def setup(self, site: Site, record: Record) -> list[tuple[str, dict[str, Any]]]:
+        """Return the QMP commands, once for each QSD, that come before the export: iothreads, servers."""
 
     def export(self, site: Site, record: Record) -> dict[str, Any]:
         """Return the arguments of block-export-add (BlockExportOptions in QEMU's qapi/block-export.json)."""
@@ -73,6 +117,9 @@ class Transport(Protocol):
     async def connect(self, site: Site, record: Record, timeout: float) -> Connected:
         """Set up the device and return it."""
 
+    async def reconnect(self, site: Site, record: Record, timeout: float) -> None:
+        """Give a device that waits for a server the present one."""
+
     async def disconnect(self, site: Site, record: Record, timeout: float) -> None:
         """Take the device away after a flush. Raises DEVICE_IN_USE, with nothing changed, if it is used."""
 
@@ -81,7 +128,8 @@ class Transport(Protocol):
     ) -> list[str]:
         """Take the device away whoever uses it; return what stays until its last user is gone.
 
-        ``flush``: QSD answers, so that it makes sense to flush what was written first.
+        ``flush``: QSD answers, so that it makes sense to flush what was written first. Raises HOST_STUCK where its
+        requests do not end: with another server they may.
         """
 
     async def clear(self, site: Site, record: Record | None, timeout: float) -> list[str]:
@@ -92,3 +140,34 @@ class Transport(Protocol):
 
     def partitions(self, record: Record) -> dict[int, str]:
         """Return the device's partitions by number."""
+
+
+class HostDevice:
+    """What transports have in common that give a disk of the host; where one differs, it says so."""
+
+    options: Mapping[str, str] = {}
+    needs_server = False
+    reconnects = False
+    grows = True
+
+    def settings(self, spec: VolumeSpec, build: Build) -> dict[str, int]:
+        """Nothing to choose."""
+        return {}
+
+    def claims(self, site: Site) -> tuple[str, ...]:
+        """No name that all of the host share."""
+        return ()
+
+    def refuse_foreign(self, site: Site) -> None:
+        """Nobody else can have made it."""
+
+    def setup(self, site: Site, record: Record) -> list[tuple[str, dict[str, Any]]]:
+        """Nothing."""
+        return []
+
+    async def reconnect(self, site: Site, record: Record, timeout: float) -> None:
+        """Its device is never left waiting, or needs nothing."""
+
+    def partitions(self, record: Record) -> dict[int, str]:
+        """As the kernel sees them."""
+        return disk.partitions(record.device) if record.device is not None else {}

@@ -13,34 +13,48 @@ import threading
 from typing import Any
 
 from storaged.errors import ErrorCode, StoragedError
-from storaged.host import loop, mounts
+from storaged.host import disk, loop, mounts
 from storaged.model.blockdev import DISK, EXPORT
 from storaged.model.plan import Device
 from storaged.model.record import Record
-from storaged.qsd.version import QsdVersion, loop_direct_io_is_safe, parse_version
-from storaged.transports.base import Availability, Connected, Seen, Site
+from storaged.qsd.version import Build, loop_direct_io_is_safe, parse_version
+from storaged.transports.base import Availability, Connected, HostDevice, Seen, Site
+from storaged.transports.needs import lacking, load_modules
 
 #: How long a forced detach waits for written data to reach the image (seconds).
 _FORCED_FLUSH = 5.0
 
 
-class FuseTransport:
+_NODES = ("/dev/fuse", "/dev/loop-control")
+
+
+class FuseTransport(HostDevice):
     """The transport ``fuse``."""
 
     name = "fuse"
 
-    def probe(self, version: QsdVersion | None) -> Availability:
-        """FUSE in the kernel (or its module can be loaded on open), the loop driver, QSD ≥ 6.0."""
-        if version is not None and version < QsdVersion(6, 0, 0):
-            return Availability(False, f"qemu-storage-daemon {version} has no FUSE export, 6.0 is needed")
-        for path, module in (("/dev/fuse", "fuse"), ("/dev/loop-control", "loop")):
+    def probe(self, build: Build | None) -> Availability:
+        """FUSE and the loop driver in the kernel, QSD ≥ 6.0 with a FUSE export."""
+        if build is not None and "fuse" not in build.exports:
+            return Availability(False, f"qemu-storage-daemon {build.version} has no FUSE export, 6.0 brought it")
+        if not all(_is_device(path) for path in _NODES):
+            missing = lacking("fuse")
+            if missing:
+                return Availability(False, missing)
+        return Availability(True, "FUSE and loop devices are there")
+
+    def make_ready(self, timeout: float) -> None:
+        """Load what is missing, and look whether it can be used."""
+        if not all(_is_device(path) for path in _NODES):
+            load_modules("fuse", timeout)
+        for path in _NODES:
             try:
-                if not stat.S_ISCHR(os.stat(path).st_mode):
-                    return Availability(False, f"{path} is no device")
                 os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
             except OSError as error:
-                return Availability(False, f"{path}: {error.strerror} (modprobe {module})")
-        return Availability(True, "fuse: /dev/fuse and loop devices are there")
+                raise StoragedError(
+                    ErrorCode.TRANSPORT_UNAVAILABLE, "this host cannot do FUSE and loop",
+                    cause=f"{path}: {error.strerror}", hint="storaged doctor says what is missing",
+                ) from error
 
     def export(self, site: Site, record: Record) -> dict[str, Any]:
         """BlockExportOptionsFuse. Only root may look into it, and it never grows by a write."""
@@ -80,7 +94,7 @@ class FuseTransport:
         version = parse_version(f"version {record.qsd_version}")
         direct_io = version is not None and loop_direct_io_is_safe(version)
 
-        def set_up() -> loop.LoopDevice:
+        def set_up() -> disk.Disk:
             mountpoint = self._mountpoint(site)
             found = loop.find_by_backing(mountpoint)
             if found:
@@ -120,7 +134,10 @@ class FuseTransport:
         notes = []
         if flush and not record.spec.read_only:
             try:
-                await site.blocking("flush the device", min(timeout, _FORCED_FLUSH), loop.flush, device)
+                await site.blocking(
+                    "flush the device", min(timeout, _FORCED_FLUSH), disk.flush_path, device.path,
+                    lambda: loop.is_bound(device),
+                )
             except Exception as error:  # whatever it is, the device goes away; the user is told
                 notes.append(f"not all that was written could be flushed: {error}")
         users = await site.blocking("take the loop device away", timeout, loop.release_by_force, device)
@@ -156,22 +173,25 @@ class FuseTransport:
 
         await site.blocking("resize the loop device", timeout, follow)
 
-    def partitions(self, record: Record) -> dict[int, str]:
-        """As the kernel sees them."""
-        return loop.partitions(record.device) if record.device is not None else {}
-
     @staticmethod
     def _mountpoint(site: Site) -> str:
         return os.path.join(site.directory, "disk")
 
     @staticmethod
-    def _loop(record: Record | None) -> loop.LoopDevice | None:
+    def _loop(record: Record | None) -> disk.Disk | None:
         if record is None or record.device is None:
             return None
-        return loop.LoopDevice(record.device, record.diskseq)
+        return disk.Disk(record.device, record.diskseq)
 
 
-def _stays(device: loop.LoopDevice, users: list[str]) -> list[str]:
+def _is_device(path: str) -> bool:
+    try:
+        return stat.S_ISCHR(os.stat(path).st_mode)
+    except OSError:
+        return False
+
+
+def _stays(device: disk.Disk, users: list[str]) -> list[str]:
     """What to tell of a device that was taken away by force, and is still used."""
     return [f"{device.path} fails all I/O and stays until its last user is gone: {user}" for user in users]
 

@@ -105,42 +105,6 @@ def test_a_host_block_device_can_be_attached_and_is_claimed_meanwhile(daemon: Da
         run("losetup", "-d", lower)
 
 
-def test_twenty_volumes_come_and_go_at_once(daemon: Daemon, place: Path) -> None:
-    names = [f"v{number}" for number in range(20)]
-    for name in names:
-        image(place / name)
-    commands = [["attach", name, str(place / name), "--format", "qcow2"] for name in names]
-    for arguments in (commands, [["detach", name] for name in names]):
-        running = [
-            subprocess.Popen(
-                [*daemon.cli_command(), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-            for words in arguments
-        ]
-        outputs = [process.communicate(timeout=60) for process in running]
-        assert [process.returncode for process in running] == [0] * 20, outputs
-        if arguments is commands:
-            assert len({output for output, _ in outputs}) == 20
-            assert all(daemon.online(name) for name in names)
-    assert leftovers(daemon.root) == []
-
-
-def test_attached_and_detached_again_and_again_nothing_is_left(daemon: Daemon, place: Path) -> None:
-    source = image(place / "a.qcow2")
-    assert daemon.process is not None
-    descriptors = Path(f"/proc/{daemon.process.pid}/fd")
-    loops = len(list(Path("/sys/block").glob("loop*/loop/backing_file")))
-    daemon.device("a", source, format="qcow2")
-    daemon.detach("a")
-    before = len(list(descriptors.iterdir()))
-    for _ in range(200):
-        daemon.device("a", source, format="qcow2")
-        daemon.detach("a")
-    eventually(lambda: len(list(descriptors.iterdir())) <= before, "the daemon's descriptors are closed")
-    assert len(list(Path("/sys/block").glob("loop*/loop/backing_file"))) == loops
-    assert leftovers(daemon.root) == []
-
-
 def test_a_very_long_root_directory_works(place: Path) -> None:
     root = place / ("x" * 120) / ("y" * 120)
     root.mkdir(parents=True)

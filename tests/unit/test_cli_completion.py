@@ -14,7 +14,7 @@ import shtab
 
 from storaged.__main__ import main
 from storaged.cli.completion import script
-from storaged.cli.parser import SHELLS, build_parser
+from storaged.cli.parser import SHELLS, TRANSPORTS, build_parser
 from storaged.errors import ErrorCode, StoragedError
 
 
@@ -93,7 +93,7 @@ def test_bash_offers_no_attached_name_to_attach_but_files_as_its_source(tmp_path
 
 def test_bash_offers_options_and_their_choices(tmp_path: Path) -> None:
     assert completed("attach --sn", tmp_path) == ["--snapshot", "--snapshot-dir"]
-    assert completed("attach n s --transport ", tmp_path) == ["auto", "fuse"]
+    assert completed("attach n s --transport ", tmp_path) == list(TRANSPORTS)
     assert "qcow2" in completed("attach n s --format q", tmp_path)
     assert completed("completion ", tmp_path) == list(SHELLS)
 

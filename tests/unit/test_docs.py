@@ -17,6 +17,7 @@ from storaged.model.formats import Format
 from storaged.model.plan import Step
 from storaged.model.spec import COMMON_OPTIONS
 from storaged.model.states import State
+from storaged.transports import TRANSPORTS as ALL_TRANSPORTS
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -25,6 +26,7 @@ FAULTS = (ROOT / "docs/faults.md").read_text()
 EXAMPLE = (ROOT / "docs/storaged.toml.example").read_bytes()
 
 BACKEND_OPTIONS = {option for backend in BACKENDS.values() for option in backend.options}
+TRANSPORT_OPTIONS = [(name, option) for name, transport in ALL_TRANSPORTS.items() for option in transport.options]
 CONFIG_KEYS = [field.name for struct in (Config, QsdConfig) for field in msgspec.structs.fields(struct)]
 
 
@@ -55,6 +57,20 @@ def test_no_code_is_explained_that_does_not_exist() -> None:
 @pytest.mark.parametrize("option", sorted(COMMON_OPTIONS.keys() | BACKEND_OPTIONS))
 def test_every_option_is_in_the_readme(option: str) -> None:
     assert all(row_of(README, option))
+
+
+@pytest.mark.parametrize(("transport", "option"), TRANSPORT_OPTIONS)
+def test_every_option_of_a_transport_is_in_the_readme_with_its_default(transport: str, option: str) -> None:
+    _, whose, meaning, default = row_of(README, option)
+    assert f"`{transport}`" in whose
+    assert meaning
+    said = re.search(r"default:? ([^;]+)", ALL_TRANSPORTS[transport].options[option])
+    assert said is not None
+    assert default.strip("`") == said[1]
+
+
+def test_the_command_line_offers_every_transport() -> None:
+    assert set(TRANSPORTS) == {"auto", *ALL_TRANSPORTS}
 
 
 @pytest.mark.parametrize("format", Format)

@@ -28,7 +28,7 @@ from storaged.supervisor.events import EventHub
 from storaged.supervisor.manager import Manager
 from storaged.supervisor.volume import Volume
 from tests.contract.memory_store import MemoryStore
-from tests.unit.world import do, qsd_dies
+from tests.unit import world as model
 
 
 class FailingStore:
@@ -258,11 +258,11 @@ class World(Attachment):
         super().__init__(spec, environment, wake)
         self.steps: list[Step] = []
         self._wake_actor = wake
-        self._world = Observed()
+        self._world = model.World(model.Kind.FUSE)
         World.made.append(self)
 
     async def observe(self) -> Observed:
-        return self._world
+        return self._world.seen
 
     def looks_well(self) -> bool:
         return True
@@ -275,10 +275,10 @@ class World(Attachment):
             raise World.failing[step]
         if step is Step.START:
             self.record = Record(spec=self.spec, transport="fuse", transport_reason="auto", binary="")
-        self._world = do(step, self._world)
+        self._world = model.do(step, self._world, force=force)
 
     def dies(self) -> None:
-        self._world = qsd_dies(self._world)
+        self._world = model.qsd_dies(self._world)
         self.qsd.last_death = StoragedError(ErrorCode.QSD_DIED, "it died")
         self._wake_actor()
 

@@ -1,115 +1,300 @@
-"""What plan promises, in a model world that has every observation there can be."""
+"""What plan promises, in a model world that has every observation there can be of every kind of transport."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from storaged.model.plan import Device, Goal, Observed, Qsd, Step, plan
-from tests.unit.world import ACCIDENTS, EVERYTHING, POSSIBLE, do, makes_sense
+from tests.unit.world import ACCIDENTS, BOTH, EVERYTHING, WORLDS, Kind, World, do, makes_sense
 
-#: No way is longer: at most one of each step.
-MOST_STEPS = len(Step)
-TAKES_AWAY = {Step.DISCONNECT, Step.STOP, Step.UNPUBLISH, Step.REMOVE}
+#: No way is longer: at most one of each step, but a second STOP.
+MOST_STEPS = len(Step) + 1
+#: Goal and force.
+WISHES = [(Goal.ATTACHED, False), (Goal.ABSENT, False), (Goal.ABSENT, True)]
+#: Transports whose device waits for a successor of its QSD.
+BRIDGING = (Kind.VDUSE, Kind.NBD)
 
 
-def go(goal: Goal, seen: Observed) -> tuple[list[Step], Observed]:
+def way(goal: Goal, world: World, *, force: bool = False) -> Iterator[tuple[Step, World]]:
+    """Follow the plan: each step with the world before it."""
+    taken: list[Step] = []
+    while (step := plan(goal, world.seen, force=force)) is not None:
+        assert [step] != taken[-1:], f"{step} has no effect on {world}"
+        taken.append(step)
+        assert len(taken) <= MOST_STEPS, taken
+        yield step, world
+        world = do(step, world, force=force)
+        assert makes_sense(world)
+
+
+def go(goal: Goal, world: World, *, force: bool = False) -> tuple[list[Step], World]:
     """Follow the plan to where it has nothing more to do."""
-    steps: list[Step] = []
-    while (step := plan(goal, seen)) is not None:
+    steps = []
+    for step, before in way(goal, world, force=force):
         steps.append(step)
-        assert len(steps) <= MOST_STEPS, steps
-        seen = do(step, seen)
-    return steps, seen
+        world = do(step, before, force=force)
+    return steps, world
 
 
-@pytest.mark.parametrize("start", [seen for seen in EVERYTHING if seen.qsd is not Qsd.SILENT], ids=str)
-def test_from_anything_but_silence_an_attached_volume_becomes_usable(start: Observed) -> None:
-    _, end = go(Goal.ATTACHED, start)
-    assert end.qsd is Qsd.RUNNING
-    assert end.opened
-    assert end.exported
-    assert end.device is Device.HEALTHY
-    assert end.linked
+def waits_in_vain(world: World) -> bool:
+    """Its device waits for a QSD that hangs: neither is what was written to be lost, nor can it be flushed."""
+    return world.seen.qsd is Qsd.SILENT and world.seen.device is Device.UNSERVED
 
 
-@pytest.mark.parametrize("start", POSSIBLE, ids=str)
-def test_from_anything_possible_an_absent_volume_leaves_nothing(start: Observed) -> None:
-    _, end = go(Goal.ABSENT, start)
-    assert end == Observed()
+def test_the_model_has_every_kind_of_trouble() -> None:
+    assert {world.seen.device for world in WORLDS} == set(Device)
+    for kind in BRIDGING:
+        assert any(world.kind is kind and world.seen.device is Device.UNSERVED for world in WORLDS)
+    assert any(world.rescue and world.served for world in WORLDS)
+    assert any(map(waits_in_vain, WORLDS))
 
 
-@pytest.mark.parametrize("seen", EVERYTHING, ids=str)
-def test_what_is_wanted_is_never_taken_down(seen: Observed) -> None:
-    assert plan(Goal.ATTACHED, seen) not in TAKES_AWAY
+# Every goal is reached ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seen", [seen for seen in EVERYTHING if seen.qsd is Qsd.SILENT], ids=str)
-def test_over_the_head_of_a_silent_qsd_nothing_is_done(seen: Observed) -> None:
-    assert plan(Goal.ATTACHED, seen) is None
+@pytest.mark.parametrize("kind", Kind)
+def test_from_anything_but_silence_an_attached_volume_becomes_usable(kind: Kind) -> None:
+    for start in WORLDS:
+        if start.kind is not kind or start.qsd is Qsd.SILENT:
+            continue
+        _, end = go(Goal.ATTACHED, start)
+        assert end.seen == Observed(
+            Qsd.RUNNING, True, True, end.seen.remains, Device.HEALTHY, True, True, needs_server=kind is Kind.VDUSE
+        ), start
+        assert end.served, start
 
 
-@pytest.mark.parametrize("start", EVERYTHING, ids=str)
-def test_a_healthy_device_is_disconnected_before_anything_else_of_it_goes(start: Observed) -> None:
-    steps, _ = go(Goal.ABSENT, start)
-    if start.device is Device.HEALTHY:
-        assert steps[0] is Step.DISCONNECT
-    else:
-        assert Step.DISCONNECT not in steps
+@pytest.mark.parametrize("kind", Kind)
+def test_from_anything_that_can_be_flushed_an_absent_volume_leaves_nothing(kind: Kind) -> None:
+    for start in WORLDS:
+        if start.kind is kind and not waits_in_vain(start):
+            assert go(Goal.ABSENT, start)[1] == World(kind), start
 
 
-@pytest.mark.parametrize("start", EVERYTHING, ids=str)
-def test_a_directory_goes_last(start: Observed) -> None:
-    steps, _ = go(Goal.ABSENT, start)
-    assert Step.REMOVE not in steps[:-1]
+@pytest.mark.parametrize("kind", Kind)
+def test_by_force_an_absent_volume_leaves_nothing_wherever_it_begins(kind: Kind) -> None:
+    for start in WORLDS:
+        if start.kind is kind:
+            assert go(Goal.ABSENT, start, force=True)[1] == World(kind), start
 
 
-@pytest.mark.parametrize("seen", POSSIBLE, ids=str)
-def test_a_device_that_works_is_never_cleared(seen: Observed) -> None:
-    if seen.device is Device.HEALTHY:
-        for goal in Goal:
-            assert plan(goal, seen) is not Step.CLEAR
-
-
-@pytest.mark.parametrize("seen", POSSIBLE, ids=str)
-def test_nothing_is_set_up_over_what_a_dead_export_left(seen: Observed) -> None:
-    if plan(Goal.ATTACHED, seen) in (Step.START, Step.OPEN, Step.EXPORT):
-        assert seen.device is Device.NONE
-        assert not seen.remains or (seen.exported and seen.qsd is Qsd.RUNNING)
-
-
-@pytest.mark.parametrize("seen", POSSIBLE, ids=str)
-def test_a_second_qsd_is_never_started(seen: Observed) -> None:
-    if seen.qsd is not Qsd.NONE:
-        assert plan(Goal.ATTACHED, seen) is not Step.START
+def test_without_force_what_waits_for_a_qsd_that_hangs_goes_on_waiting() -> None:
+    for start in filter(waits_in_vain, WORLDS):
+        assert plan(Goal.ABSENT, start.seen) is None
+        assert not start.seen.nothing
 
 
 def test_nothing_is_done_from_nothing_to_nothing() -> None:
-    assert plan(Goal.ABSENT, Observed()) is None
+    for needs_server in BOTH:
+        assert plan(Goal.ABSENT, Observed(needs_server=needs_server)) is None
+        assert plan(Goal.ABSENT, Observed(needs_server=needs_server), force=True) is None
 
 
-def test_a_first_attach_takes_the_shortest_way() -> None:
-    steps, end = go(Goal.ATTACHED, Observed())
-    assert steps == [Step.START, Step.OPEN, Step.EXPORT, Step.CONNECT, Step.PUBLISH]
-    assert go(Goal.ABSENT, end)[0] == [Step.DISCONNECT, Step.UNPUBLISH, Step.STOP, Step.CLEAR, Step.REMOVE]
+# The shortest ways --------------------------------------------------------------------------------------------
 
 
-ACCIDENT = st.sampled_from(ACCIDENTS)
+@pytest.mark.parametrize(
+    ("kind", "there", "back"),
+    [
+        (
+            Kind.FUSE, [Step.START, Step.OPEN, Step.EXPORT, Step.CONNECT, Step.PUBLISH],
+            [Step.DISCONNECT, Step.UNPUBLISH, Step.STOP, Step.CLEAR, Step.REMOVE],
+        ),
+        (
+            Kind.VDUSE, [Step.START, Step.OPEN, Step.EXPORT, Step.CONNECT, Step.PUBLISH],
+            [Step.DISCONNECT, Step.UNPUBLISH, Step.STOP, Step.CLEAR, Step.REMOVE],
+        ),
+        (
+            Kind.NBD, [Step.START, Step.OPEN, Step.EXPORT, Step.CONNECT, Step.PUBLISH],
+            [Step.DISCONNECT, Step.UNPUBLISH, Step.STOP, Step.REMOVE],
+        ),
+        (
+            Kind.VHOST_USER, [Step.START, Step.OPEN, Step.EXPORT, Step.CONNECT],
+            [Step.DISCONNECT, Step.STOP, Step.REMOVE],
+        ),
+    ],
+)
+def test_a_first_attach_and_its_detach_take_the_shortest_way(
+    kind: Kind, there: list[Step], back: list[Step]
+) -> None:
+    steps, attached = go(Goal.ATTACHED, World(kind))
+    assert steps == there
+    for force in BOTH:
+        assert go(Goal.ABSENT, attached, force=force)[0] == back
 
 
-@given(st.lists(st.one_of(ACCIDENT, st.sampled_from(Goal)), max_size=40), st.sampled_from(POSSIBLE))
+def attached_but_dead(kind: Kind) -> World:
+    """An online volume whose QSD was killed."""
+    return do(Step.STOP, go(Goal.ATTACHED, World(kind))[1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps"),
+    [
+        (Kind.FUSE, [Step.CLEAR, Step.START, Step.OPEN, Step.EXPORT, Step.CONNECT]),
+        (Kind.VDUSE, [Step.START, Step.OPEN, Step.EXPORT]),
+        (Kind.NBD, [Step.START, Step.OPEN, Step.EXPORT, Step.RECONNECT]),
+        (Kind.VHOST_USER, [Step.CLEAR, Step.START, Step.OPEN, Step.EXPORT, Step.CONNECT]),
+    ],
+)
+def test_a_dead_qsd_gets_a_successor(kind: Kind, steps: list[Step]) -> None:
+    assert go(Goal.ATTACHED, attached_but_dead(kind))[0] in (steps, [*steps, Step.PUBLISH])
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps"),
+    [
+        (Kind.VDUSE, [Step.START, Step.OPEN, Step.EXPORT, Step.DISCONNECT]),
+        (Kind.NBD, [Step.START, Step.OPEN, Step.EXPORT, Step.RECONNECT, Step.DISCONNECT]),
+    ],
+)
+def test_a_detach_first_brings_what_waits_into_the_image(kind: Kind, steps: list[Step]) -> None:
+    assert go(Goal.ABSENT, attached_but_dead(kind))[0][: len(steps)] == steps
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps"),
+    [(Kind.VDUSE, [Step.RESCUE, Step.EXPORT, Step.DISCONNECT]), (Kind.NBD, [Step.DISCONNECT])],
+)
+def test_a_detach_by_force_ends_what_waits_with_errors(kind: Kind, steps: list[Step]) -> None:
+    assert go(Goal.ABSENT, attached_but_dead(kind), force=True)[0][: len(steps)] == steps
+
+
+def test_a_socket_that_a_detach_left_moved_aside_comes_back_first() -> None:
+    aside = replace(go(Goal.ATTACHED, World(Kind.VHOST_USER))[1], aside=True)
+    assert go(Goal.ATTACHED, aside)[0] == [Step.RECONNECT]
+    assert go(Goal.ABSENT, aside)[0][:2] == [Step.RECONNECT, Step.DISCONNECT]
+    assert go(Goal.ABSENT, aside, force=True)[0][0] is Step.DISCONNECT
+
+
+def test_by_force_a_qsd_that_hangs_is_ended_before_a_device_that_needs_it() -> None:
+    hangs = replace(go(Goal.ATTACHED, World(Kind.VDUSE))[1], qsd=Qsd.SILENT)
+    steps = go(Goal.ABSENT, hangs, force=True)[0]
+    assert steps[:4] == [Step.STOP, Step.RESCUE, Step.EXPORT, Step.DISCONNECT]
+
+
+def test_the_real_one_takes_the_place_of_a_rescue_server() -> None:
+    for start in WORLDS:
+        if start.rescue and start.qsd is Qsd.RUNNING and start.device:
+            steps, end = go(Goal.ATTACHED, start)
+            assert steps[:4] == [Step.STOP, Step.START, Step.OPEN, Step.EXPORT]
+            assert not end.rescue
+
+
+# What is never done -------------------------------------------------------------------------------------------
+
+
+def test_what_is_wanted_is_never_taken_down() -> None:
+    for seen in EVERYTHING:
+        step = plan(Goal.ATTACHED, seen)
+        assert step not in {Step.DISCONNECT, Step.UNPUBLISH, Step.REMOVE, Step.RESCUE}
+        assert step is not Step.STOP or seen.rescue
+
+
+def test_over_the_head_of_a_silent_qsd_nothing_is_done() -> None:
+    for seen in EVERYTHING:
+        if seen.qsd is Qsd.SILENT:
+            assert plan(Goal.ATTACHED, seen) is None
+
+
+def test_a_second_qsd_is_never_started() -> None:
+    for seen in EVERYTHING:
+        for goal, force in WISHES:
+            if seen.qsd is not Qsd.NONE:
+                assert plan(goal, seen, force=force) not in {Step.START, Step.RESCUE}
+
+
+def test_a_device_that_works_or_waits_is_never_cleared() -> None:
+    for world in WORLDS:
+        for goal, force in WISHES:
+            if world.seen.device in (Device.HEALTHY, Device.UNSERVED):
+                assert plan(goal, world.seen, force=force) is not Step.CLEAR, world
+
+
+def test_without_force_there_is_no_rescue() -> None:
+    for seen in EVERYTHING:
+        for goal in Goal:
+            assert plan(goal, seen) is not Step.RESCUE
+
+
+def test_a_rescue_server_is_never_told_to_open_the_source() -> None:
+    for seen in EVERYTHING:
+        for goal, force in WISHES:
+            if seen.rescue:
+                assert plan(goal, seen, force=force) is not Step.OPEN
+
+
+def test_nothing_is_set_up_over_what_a_dead_export_left() -> None:
+    for world in WORLDS:
+        seen = world.seen
+        if plan(Goal.ATTACHED, seen) in (Step.START, Step.OPEN, Step.EXPORT):
+            assert seen.device in (Device.NONE, Device.UNSERVED)
+            assert not seen.remains or (seen.exported and seen.qsd is Qsd.RUNNING)
+
+
+def test_without_force_a_device_goes_only_after_its_own_qsd_has_flushed_it() -> None:
+    for start in WORLDS:
+        for step, before in way(Goal.ABSENT, start):
+            if step is Step.DISCONNECT:
+                assert before.seen.device is Device.HEALTHY
+                assert not before.rescue or start.rescue, "the user has used force before"
+
+
+def test_by_force_a_device_that_needs_a_server_goes_only_while_one_answers() -> None:
+    for start in WORLDS:
+        for step, before in way(Goal.ABSENT, start, force=True):
+            if step is Step.DISCONNECT and before.kind is Kind.VDUSE:
+                assert before.seen.qsd is Qsd.RUNNING
+                assert before.seen.device is Device.HEALTHY
+
+
+# The order of a detach ----------------------------------------------------------------------------------------
+
+
+def test_a_healthy_device_is_disconnected_before_anything_else_of_it_goes() -> None:
+    for start in WORLDS:
+        if start.seen.device is Device.HEALTHY:
+            assert plan(Goal.ABSENT, start.seen) is Step.DISCONNECT
+            needs_another = start.kind is Kind.VDUSE and start.qsd is Qsd.SILENT
+            assert plan(Goal.ABSENT, start.seen, force=True) is (Step.STOP if needs_another else Step.DISCONNECT)
+
+
+def test_a_link_goes_after_the_device_and_the_directory_last() -> None:
+    for start in WORLDS:
+        for force in BOTH:
+            steps = go(Goal.ABSENT, start, force=force)[0]
+            assert Step.REMOVE not in steps[:-1]
+            if Step.UNPUBLISH in steps:
+                assert Step.DISCONNECT not in steps[steps.index(Step.UNPUBLISH):]
+
+
+# Whatever happens ---------------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.one_of(st.sampled_from(ACCIDENTS), st.sampled_from(WISHES)), max_size=40), st.sampled_from(WORLDS)
+)
 def test_whatever_happens_on_the_way_the_goal_is_reached_once_it_is_quiet(
-    happenings: list[object], seen: Observed
+    happenings: list[object], world: World
 ) -> None:
     for happening in happenings:
-        if isinstance(happening, Goal):
-            step = plan(happening, seen)
-            seen = do(step, seen) if step is not None else seen
+        if isinstance(happening, tuple):
+            goal, force = happening
+            step = plan(goal, world.seen, force=force)
+            world = do(step, world, force=force) if step is not None else world
         else:
             assert callable(happening)
-            seen = happening(seen)
-        assert makes_sense(seen)
-    assert go(Goal.ABSENT, seen)[1] == Observed()
-    if seen.qsd is not Qsd.SILENT:
-        assert go(Goal.ATTACHED, seen)[1].linked
+            world = happening(world)
+        assert makes_sense(world)
+        if world.seen.device is Device.HEALTHY and world.qsd is Qsd.RUNNING:
+            assert world.served, "what looks healthy is"
+    assert go(Goal.ABSENT, world, force=True)[1] == World(world.kind)
+    if not waits_in_vain(world):
+        assert go(Goal.ABSENT, world)[1] == World(world.kind)
+    if world.qsd is not Qsd.SILENT:
+        assert go(Goal.ATTACHED, world)[1].served

@@ -3,49 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
 from storaged.model.plan import Device, Goal, Observed, Qsd, Step, plan
 from storaged.model.states import TRANSITIONS, State, state_of
-from tests.unit.world import BOTH, POSSIBLE, after_accidents, do
+from tests.unit.world import BOTH, POSSIBLE, WORLDS, Kind, World, after_accidents, do
 
 #: Of later phases: no observation amounts to them yet.
 LATER = {State.STALLED, State.RESCUED}
 
 
-def situations() -> Iterator[tuple[Goal, Observed, bool]]:
-    """Goal, observation, and whether the volume was online: then its record has a directory."""
+def situations() -> Iterator[tuple[Goal, World, bool]]:
+    """Goal, world, and whether the volume was online: then its record has a directory."""
     for goal in Goal:
-        for seen in POSSIBLE:
+        for world in WORLDS:
             for was_online in BOTH:
-                if goal is Goal.ABSENT or seen.directory or not was_online:
-                    yield goal, seen, was_online
+                if goal is Goal.ABSENT or world.directory or not was_online:
+                    yield goal, world, was_online
 
 
-def next_situations(goal: Goal, seen: Observed) -> Iterator[tuple[Goal, Observed]]:
+def next_situations(goal: Goal, world: World) -> Iterator[tuple[Goal, World]]:
     """What may come directly after: time, an accident, the planned step, another goal."""
-    yield goal, seen
-    for after in after_accidents(seen):
+    yield goal, world
+    for after in after_accidents(world):
         yield goal, after
-    step = plan(goal, seen)
-    if step is not None:
-        yield goal, do(step, seen)
-    if goal is Goal.ATTACHED:
-        yield Goal.ABSENT, seen
-    elif step is Step.DISCONNECT:
-        yield Goal.ATTACHED, seen  # somebody uses the device: the detach is refused, the volume stays
+    for force in BOTH:
+        if force and goal is Goal.ATTACHED:
+            yield Goal.ABSENT, world
+            continue
+        step = plan(goal, world.seen, force=force)
+        if step is not None:
+            yield goal, do(step, world, force=force)
+        if step is Step.DISCONNECT and not force:
+            yield Goal.ATTACHED, world  # somebody uses the device: the detach is refused, the volume stays
 
 
 def produced() -> set[tuple[State, State]]:
     changes = set()
-    for goal, seen, was_online in situations():
+    for goal, world, was_online in situations():
+        following = list(next_situations(goal, world))
         for failed in BOTH:
-            before = state_of(goal, seen, was_online=was_online, failed=failed)
-            for new_goal, new_seen in next_situations(goal, seen):
+            before = state_of(goal, world.seen, was_online=was_online, failed=failed)
+            for new_goal, new_world in following:
                 for fails in BOTH:
                     after = state_of(
-                        new_goal, new_seen, was_online=was_online or before is State.ONLINE, failed=fails
+                        new_goal, new_world.seen, was_online=was_online or before is State.ONLINE, failed=fails
                     )
                     if after is not before:
                         changes.add((before, after))
@@ -86,22 +90,23 @@ def test_every_state_of_this_phase_is_met(state: State) -> None:
     assert state in {after for _, after in PRODUCED}
 
 
-@pytest.mark.parametrize("seen", POSSIBLE, ids=str)
 @pytest.mark.parametrize("failed", BOTH)
 @pytest.mark.parametrize("was_online", BOTH)
-def test_online_means_that_nothing_is_left_to_do_and_qsd_answers(
-    seen: Observed, failed: bool, was_online: bool
-) -> None:
-    state = state_of(Goal.ATTACHED, seen, was_online=was_online, failed=failed)
-    assert (state is State.ONLINE) == (plan(Goal.ATTACHED, seen) is None and seen.qsd is Qsd.RUNNING)
+def test_online_means_that_nothing_is_left_to_do_and_qsd_answers(failed: bool, was_online: bool) -> None:
+    for seen in POSSIBLE:
+        state = state_of(Goal.ATTACHED, seen, was_online=was_online, failed=failed)
+        done = plan(Goal.ATTACHED, seen) is None and seen.qsd is Qsd.RUNNING
+        assert (state is State.ONLINE) == done, seen
 
 
-@pytest.mark.parametrize("seen", POSSIBLE, ids=str)
-def test_absent_means_that_nothing_is_left(seen: Observed) -> None:
-    for was_online in BOTH:
-        for failed in BOTH:
-            state = state_of(Goal.ABSENT, seen, was_online=was_online, failed=failed)
-            assert (state is State.ABSENT) == (plan(Goal.ABSENT, seen) is None)
+@pytest.mark.parametrize("failed", BOTH)
+@pytest.mark.parametrize("was_online", BOTH)
+def test_absent_means_that_nothing_is_left(failed: bool, was_online: bool) -> None:
+    for world in WORLDS:
+        state = state_of(Goal.ABSENT, world.seen, was_online=was_online, failed=failed)
+        assert (state is State.ABSENT) == (world == World(world.kind)), world
+        # By force there is always a way on.
+        assert (state is State.ABSENT) == (plan(Goal.ABSENT, world.seen, force=True) is None), world
 
 
 USABLE = Observed(Qsd.RUNNING, True, True, True, Device.HEALTHY, True, True)
@@ -111,14 +116,25 @@ def test_a_failure_does_not_hide_that_a_volume_works() -> None:
     assert state_of(Goal.ATTACHED, USABLE, was_online=True, failed=True) is State.ONLINE
 
 
-def test_a_first_attach_goes_through_its_states_in_order() -> None:
-    seen, states = Observed(), []
+def test_a_device_that_only_fails_is_not_online() -> None:
+    rescued = replace(USABLE, rescue=True, needs_server=True)
+    assert state_of(Goal.ATTACHED, rescued, was_online=True, failed=False) is State.RECOVERING
+
+
+def test_a_device_that_waits_for_a_new_qsd_is_recovering() -> None:
+    waiting = Observed(device=Device.UNSERVED, linked=True, directory=True)
+    assert state_of(Goal.ATTACHED, waiting, was_online=True, failed=False) is State.RECOVERING
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_a_first_attach_goes_through_its_states_in_order(kind: Kind) -> None:
+    world, states = World(kind), []
     while True:
-        state = state_of(Goal.ATTACHED, seen, was_online=False, failed=False)
+        state = state_of(Goal.ATTACHED, world.seen, was_online=False, failed=False)
         if state not in states:
             states.append(state)
-        step = plan(Goal.ATTACHED, seen)
+        step = plan(Goal.ATTACHED, world.seen)
         if step is None:
             break
-        seen = do(step, seen)
+        world = do(step, world)
     assert states == [State.STARTING, State.EXPORTING, State.ATTACHING, State.ONLINE]

@@ -1,0 +1,154 @@
+"""What all block devices of the kernel have in common: sysfs (sysfs-block in Documentation/ABI), open(2), fsync(2)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from storaged.errors import ErrorCode, StoragedError
+from storaged.host.users import device_users
+
+#: udev looks at a new or changed device for a moment: that is not a user, wait for it to go (seconds).
+PROBE_PATIENCE = 1.0
+PROBE_STEP = 0.005
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A disk of the kernel: its path and the number that tells it from any later disk of that path."""
+
+    path: str
+    diskseq: int
+
+
+def attribute(path: str, name: str) -> str | None:
+    """Return an attribute below /sys/block/X of the device ``path``, None if there is none. Never blocks."""
+    try:
+        with open(f"/sys/block/{os.path.basename(path)}/{name}", encoding="utf-8", errors="surrogateescape") as f:
+            return f.read().rstrip("\n")
+    except OSError:
+        return None
+
+
+def set_attribute(path: str, name: str, value: object) -> None:
+    """Write an attribute below /sys/block/X. Raises OSError."""
+    with open(f"/sys/block/{os.path.basename(path)}/{name}", "w", encoding="ascii") as file:
+        file.write(f"{value}\n")
+
+
+def diskseq(path: str) -> int:
+    """Return the kernel's serial number of what is behind this device now (Linux 5.15), 0 if unknown."""
+    text = attribute(path, "diskseq")
+    return int(text) if text else 0
+
+
+def is_read_only(path: str) -> bool:
+    """Whether the kernel refuses writes to this device."""
+    return attribute(path, "ro") == "1"
+
+
+def size(path: str) -> int:
+    """Return the device's size in bytes as the kernel knows it, 0 if there is no such device."""
+    return 512 * int(attribute(path, "size") or 0)
+
+
+def partitions(path: str) -> dict[int, str]:
+    """Return the partitions that the kernel sees, by number: {1: "/dev/loop3p1"}."""
+    name = os.path.basename(path)
+    found: dict[int, str] = {}
+    try:
+        entries = os.listdir(f"/sys/block/{name}")
+    except FileNotFoundError:
+        return found
+    for entry in entries:
+        if entry.startswith(name):
+            number = attribute(path, f"{entry}/partition")
+            if number is not None:
+                found[int(number)] = f"/dev/{entry}"
+    return found
+
+
+def open_alone(path: str, is_there: Callable[[], bool], *, read_only: bool, deadline: float) -> int | None:
+    """Return an O_EXCL descriptor: while it is held, nobody can mount or claim the device. None: it is gone.
+
+    Raises DEVICE_IN_USE, at ``deadline`` (monotonic) at the latest where nobody can be named.
+    """
+    while is_there():
+        try:
+            return os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_EXCL | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if error.errno in (errno.ENXIO, errno.ENODEV):
+                return None
+            if error.errno != errno.EBUSY:
+                raise
+        users = device_users(path)
+        if users or time.monotonic() >= deadline:
+            raise in_use(path, users)
+        time.sleep(PROBE_STEP)
+    return None
+
+
+def in_use(path: str, users: list[str] | None = None) -> StoragedError:
+    """The failure of taking away a device that is used; ``users`` are looked for if they are not given."""
+    named = device_users(path) if users is None else users
+    return StoragedError(
+        ErrorCode.DEVICE_IN_USE, f"{path} is in use", cause=named[0] if named else "somebody has it open",
+        hint="unmount or close it first; detach --force ends it all the same",
+        users=named,
+    )
+
+
+def flush(fd: int, path: str) -> None:
+    """Bring what was written to the device into the image (fsync(2)). May block; raises FLUSH_FAILED."""
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        raise StoragedError(
+            ErrorCode.FLUSH_FAILED, f"the data written to {path} cannot be flushed",
+            cause=error.strerror or str(error),
+            hint="make room or repair the storage below and detach again; --force gives the data up",
+        ) from error
+
+
+def flush_path(path: str, is_there: Callable[[], bool]) -> None:
+    """As :func:`flush`, for a device that is not open yet."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if is_there():
+            flush(fd, path)
+    finally:
+        os.close(fd)
+
+
+def remove_unused(
+    path: str, is_there: Callable[[], bool], remove: Callable[[], None], *, read_only: bool,
+    given_up: threading.Event,
+) -> None:
+    """Flush a device that nobody uses, and call ``remove``, which takes it away whoever has it open.
+
+    Refuses with DEVICE_IN_USE, the device as it was, when it is mounted, swapped on, held or open anywhere. Mounts
+    and holders are kept away by an O_EXCL descriptor over the whole removal. Who has it open without O_EXCL is found
+    in /proc only; udev's probes are waited for. FLUSH_FAILED as for :func:`flush`; a flush may hang, and when it ends
+    after ``given_up`` was set the device is left as it is.
+    """
+    deadline = time.monotonic() + PROBE_PATIENCE
+    fd = open_alone(path, is_there, read_only=read_only, deadline=deadline)
+    if fd is None:
+        return
+    try:
+        while users := device_users(path):
+            if time.monotonic() >= deadline:
+                raise in_use(path, users)
+            time.sleep(PROBE_STEP)
+        if not read_only:
+            flush(fd, path)
+        if not given_up.is_set():
+            remove()
+    finally:
+        os.close(fd)

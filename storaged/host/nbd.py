@@ -1,0 +1,221 @@
+"""The kernel's NBD client: generic netlink (include/uapi/linux/nbd-netlink.h) and sysfs, drivers/block/nbd.c."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from storaged.errors import ErrorCode, StoragedError
+from storaged.host import disk, netlink
+from storaged.host.disk import Disk
+from storaged.host.users import device_users
+
+_CONNECT, _DISCONNECT, _RECONFIGURE, _LINK_DEAD, _STATUS = 1, 2, 3, 4, 5
+#: How long the kernel may take to let go of a device after it has agreed to (seconds).
+_GONE_PATIENCE = 10.0
+_FORCED_GONE_PATIENCE = 1.0
+_GONE_STEP = 0.005
+
+
+class _Message(netlink.Message):
+    """The family's attributes."""
+
+    nla_map = (
+        ("NBD_ATTR_UNSPEC", "none"),
+        ("NBD_ATTR_INDEX", "uint32"),
+        ("NBD_ATTR_SIZE_BYTES", "uint64"),
+        ("NBD_ATTR_BLOCK_SIZE_BYTES", "uint64"),
+        ("NBD_ATTR_TIMEOUT", "uint64"),
+        ("NBD_ATTR_SERVER_FLAGS", "uint64"),
+        ("NBD_ATTR_CLIENT_FLAGS", "uint64"),
+        ("NBD_ATTR_SOCKETS", "sockets"),
+        ("NBD_ATTR_DEAD_CONN_TIMEOUT", "uint64"),
+        ("NBD_ATTR_DEVICE_LIST", "devices"),
+        ("NBD_ATTR_BACKEND_IDENTIFIER", "asciiz"),
+    )
+
+    class sockets(netlink.Attribute):
+        nla_map = (("NBD_SOCK_ITEM_UNSPEC", "none"), ("NBD_SOCK_ITEM", "item"))
+
+        class item(netlink.Attribute):
+            nla_map = (("NBD_SOCK_UNSPEC", "none"), ("NBD_SOCK_FD", "uint32"))
+
+    class devices(netlink.Attribute):
+        nla_map = (("NBD_DEVICE_ITEM_UNSPEC", "none"), ("NBD_DEVICE_ITEM", "item"))
+
+        class item(netlink.Attribute):
+            nla_map = (
+                ("NBD_DEVICE_UNSPEC", "none"), ("NBD_DEVICE_INDEX", "uint32"), ("NBD_DEVICE_CONNECTED", "uint8"),
+            )
+
+
+@dataclass(frozen=True)
+class Negotiated:
+    """What the server told in the handshake."""
+
+    size: int
+    """Bytes."""
+    flags: int
+    """Transmission flags as in the NBD protocol."""
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """How long the kernel waits for a server (drivers/block/nbd.c), in seconds."""
+
+    request: int
+    """After this a request counts as failed; 0: never, the device waits for a new connection instead."""
+    dead_connection: int
+    """How long requests wait for a reconnection after the last connection died; then they fail."""
+
+
+def connect(
+    identifier: str, sockets: Sequence[socket.socket], told: Negotiated, *, block_size: int, timeouts: Timeouts
+) -> Disk:
+    """Give connected sockets to a free NBD device and return it. Blocks.
+
+    ``identifier`` is what /sys/block/nbdN/backend shows, and keeps others' reconnections away. Raises NO_FREE_DEVICE,
+    DEVICE_FAILED.
+    """
+    try:
+        answers = netlink.request("nbd", _Message, _CONNECT, [
+            ("NBD_ATTR_SIZE_BYTES", told.size),
+            ("NBD_ATTR_BLOCK_SIZE_BYTES", block_size),
+            ("NBD_ATTR_SERVER_FLAGS", told.flags),
+            ("NBD_ATTR_TIMEOUT", timeouts.request),
+            ("NBD_ATTR_DEAD_CONN_TIMEOUT", timeouts.dead_connection),
+            ("NBD_ATTR_BACKEND_IDENTIFIER", identifier),
+            _sockets(sockets),
+        ])
+    except OSError as error:
+        if error.errno in (errno.ENOMEM, errno.ENOSPC, errno.EBUSY):
+            raise StoragedError(
+                ErrorCode.NO_FREE_DEVICE, "there is no free NBD device", cause=error.strerror or "",
+                hint="free one (nbd-client -d), or load the module with more: modprobe nbd nbds_max=64",
+            ) from error
+        raise StoragedError(
+            ErrorCode.DEVICE_FAILED, "the kernel's NBD client does not take the connection",
+            cause=error.strerror or str(error), hint="see dmesg",
+        ) from error
+    for answer in answers:
+        index = answer.get_attr("NBD_ATTR_INDEX")
+        if index is not None:
+            return Disk(f"/dev/nbd{index}", disk.diskseq(f"/dev/nbd{index}"))
+    # The answer was lost: the kernel shows what became of it.
+    found = find(identifier)
+    if found is None:
+        raise StoragedError(ErrorCode.DEVICE_FAILED, "the kernel names no NBD device", hint="see dmesg")
+    return found
+
+
+def reconnect(device: str, identifier: str, sockets: Sequence[socket.socket], timeouts: Timeouts) -> None:
+    """Replace dead connections of a device by live ones; requests that wait go on. Blocks.
+
+    The kernel agrees even where no connection is dead, and then drops the new one. Raises DEVICE_FAILED where the
+    device is gone or another backend's.
+    """
+    try:
+        netlink.request("nbd", _Message, _RECONFIGURE, [
+            ("NBD_ATTR_INDEX", _index(device)),
+            ("NBD_ATTR_BACKEND_IDENTIFIER", identifier),
+            ("NBD_ATTR_TIMEOUT", timeouts.request),
+            ("NBD_ATTR_DEAD_CONN_TIMEOUT", timeouts.dead_connection),
+            _sockets(sockets),
+        ])
+    except OSError as error:
+        raise StoragedError(
+            ErrorCode.DEVICE_FAILED, f"{device} cannot be reconnected", cause=error.strerror or str(error),
+            hint="see dmesg; detach the volume and attach it again",
+        ) from error
+
+
+def disconnect(device: str, identifier: str) -> None:
+    """End a device, whoever uses it: requests in flight fail. Blocks; see :func:`wait_gone` for its end.
+
+    Does nothing where the device is gone or another backend's by now. Raises DEVICE_FAILED.
+    """
+    if backend(device) != identifier:
+        return
+    try:
+        netlink.request("nbd", _Message, _DISCONNECT, [("NBD_ATTR_INDEX", _index(device))])
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENODEV, errno.ENOENT):  # gone already
+            raise StoragedError(
+                ErrorCode.DEVICE_FAILED, f"{device} cannot be disconnected", cause=error.strerror or str(error),
+                hint="see dmesg",
+            ) from error
+
+
+def wait_gone(device: str, identifier: str) -> None:
+    """Wait until the kernel has let go of a disconnected device: at its last close. Raises HOST_STUCK."""
+    if not _is_gone(device, identifier, _GONE_PATIENCE):
+        raise StoragedError(
+            ErrorCode.HOST_STUCK, f"the kernel does not let go of {device}",
+            cause=f"it is still configured {_GONE_PATIENCE:g} s after its disconnection",
+            hint="somebody may have it open: see fuser, and dmesg",
+        )
+
+
+def users_that_keep(device: str, identifier: str) -> list[str]:
+    """Return who keeps a disconnected device from going away; nobody if it is gone."""
+    return [] if _is_gone(device, identifier, _FORCED_GONE_PATIENCE) else device_users(device)
+
+
+def _is_gone(device: str, identifier: str, patience: float) -> bool:
+    # No event tells it: the last reference to the device's configuration is dropped by a worker or a closer.
+    deadline = time.monotonic() + patience
+    while backend(device) == identifier:
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(_GONE_STEP)
+    return True
+
+
+def connected(device: str) -> bool:
+    """Ask the kernel whether the device is set up; true for one whose server is dead, too. Blocks."""
+    for answer in netlink.request("nbd", _Message, _STATUS, [("NBD_ATTR_INDEX", _index(device))]):
+        devices = answer.get_attr("NBD_ATTR_DEVICE_LIST")
+        for item in devices.get_attrs("NBD_DEVICE_ITEM") if devices is not None else []:
+            if item.get_attr("NBD_DEVICE_INDEX") == _index(device):
+                return bool(item.get_attr("NBD_DEVICE_CONNECTED"))
+    return False
+
+
+def watch_dead_links(tell: Callable[[str], None]) -> None:
+    """Call ``tell`` with the device each time the kernel loses a connection (group nbd_mc_group). Never returns.
+
+    Raises TRANSPORT_UNAVAILABLE where the kernel has no NBD (yet).
+    """
+    with contextlib.closing(netlink.listen("nbd", _Message, "nbd_mc_group")) as listener:
+        while True:
+            for message in listener.get():
+                index = message.get_attr("NBD_ATTR_INDEX")
+                if message["cmd"] == _LINK_DEAD and index is not None:
+                    tell(f"/dev/nbd{index}")
+
+
+def backend(device: str) -> str | None:
+    """Return the identifier of what a device is connected to, None if it is not connected. Never blocks."""
+    return disk.attribute(device, "backend")
+
+
+def find(identifier: str) -> Disk | None:
+    """Return the device that is connected to this backend."""
+    for entry in os.listdir("/sys/block"):
+        if entry.startswith("nbd") and backend(f"/dev/{entry}") == identifier:
+            return Disk(f"/dev/{entry}", disk.diskseq(f"/dev/{entry}"))
+    return None
+
+
+def _sockets(sockets: Sequence[socket.socket]) -> tuple[str, object]:
+    items = [["NBD_SOCK_ITEM", {"attrs": [["NBD_SOCK_FD", sock.fileno()]]}] for sock in sockets]
+    return ("NBD_ATTR_SOCKETS", {"attrs": items})
+
+
+def _index(device: str) -> int:
+    return int(device.removeprefix("/dev/nbd"))

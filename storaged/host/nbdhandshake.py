@@ -1,0 +1,47 @@
+"""The handshake of the NBD protocol, by libnbd on a socket that the kernel gets later. The only importer of nbd."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+from storaged.errors import ErrorCode, StoragedError
+from storaged.host.nbd import Negotiated
+
+#: Transmission flags (doc/proto.md of the NBD project).
+_HAS_FLAGS, _READ_ONLY, _FLUSH, _FUA, _ROTATIONAL, _TRIM, _ZEROES, _MULTI_CONN = 1, 2, 4, 8, 16, 32, 64, 256
+
+
+def negotiate(sock: socket.socket, export: str) -> Negotiated:
+    """Agree with the server on an export; the socket is then in the transmission phase. Blocks.
+
+    Nothing that the kernel's client does not understand is asked for: no structured replies, no block status.
+    Raises DEVICE_FAILED.
+    """
+    import nbd  # not at the top: only who uses NBD needs libnbd to be there
+
+    handle = nbd.NBD()
+    handle.set_export_name(export)
+    handle.set_request_structured_replies(False)
+    if hasattr(handle, "set_request_meta_context"):  # libnbd 1.16
+        handle.set_request_meta_context(False)
+    try:
+        # libnbd owns what it is given and closes it, without a word to the server, when the handle goes.
+        handle.connect_socket(os.dup(sock.fileno()))
+        flags = _HAS_FLAGS
+        for has, flag in (
+            (handle.is_read_only, _READ_ONLY), (handle.can_flush, _FLUSH), (handle.can_fua, _FUA),
+            (handle.is_rotational, _ROTATIONAL), (handle.can_trim, _TRIM), (handle.can_zero, _ZEROES),
+            (handle.can_multi_conn, _MULTI_CONN),
+        ):
+            if has():
+                flags |= flag
+        told = Negotiated(size=handle.get_size(), flags=flags)
+    except nbd.Error as error:
+        raise StoragedError(
+            ErrorCode.DEVICE_FAILED, "the NBD handshake with qemu-storage-daemon failed", cause=str(error),
+            hint="look into the journal and qsd.log",
+        ) from error
+    # Both ends share one open file description: libnbd's O_NONBLOCK would make the kernel's client fail.
+    sock.setblocking(True)
+    return told

@@ -1,0 +1,151 @@
+"""Starts the qemu-storage-daemon of a volume: what has to be looked at, locked and written down before it runs."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from dataclasses import dataclass
+
+import msgspec
+
+from storaged.errors import ErrorCode, StoragedError
+from storaged.host import locks, process
+from storaged.host.atomic import write_atomic
+from storaged.host.unixsock import bind_unix, connect_unix
+from storaged.model.record import Record
+from storaged.model.spec import VolumeSpec
+from storaged.qsd.build import build_of
+from storaged.qsd.process import find_binary, qmp_socket, spawn
+from storaged.supervisor import opening, overlay
+from storaged.supervisor.environment import Environment
+from storaged.transports import TRANSPORTS, choose_transport
+from storaged.transports.base import Site
+
+
+@dataclass(frozen=True)
+class Started:
+    """A QSD that was just started."""
+
+    opening: opening.Opening | None
+    """What it shall open; None for a rescue server."""
+    record: Record
+    monitor: socket.socket
+    pid: int
+    pidfd: int
+
+    def give_up(self) -> None:
+        """Nobody waits for this QSD any more, and it has opened nothing yet."""
+        self.monitor.close()
+        process.kill(self.pidfd)
+        os.close(self.pidfd)
+
+
+def record_path(directory: str) -> str:
+    """The path of a volume's record in its private directory."""
+    return os.path.join(directory, "record.json")
+
+
+def write_record(directory: str, record: Record) -> None:
+    """Write the record, all or nothing."""
+    write_atomic(record_path(directory), msgspec.json.encode(record))
+
+
+def launch(
+    spec: VolumeSpec, former: Record | None, site: Site, environment: Environment, *, timeout: float,
+    given_up: threading.Event,
+) -> Started:
+    """Look at the source, take its locks, write the record and start QSD with a monitor only. Blocks.
+
+    ``former`` is the record of a QSD that is gone: its successor gets the same transport, settings and program, and
+    must find the same source. Raises SOURCE_CHANGED, SOURCE_IN_USE, NAME_TAKEN, TRANSPORT_UNAVAILABLE, QSD_MISSING,
+    and what ``opening.inspect`` raises.
+    """
+    deadline = time.monotonic() + timeout
+    binary = find_binary((former.binary if former else "") or environment.config.qsd.binary)
+    wanted = opening.inspect(spec)
+    if given_up.is_set():
+        # The source let this thread hang for so long that the volume may be gone by now.
+        raise StoragedError(ErrorCode.HOST_STUCK, "too late")
+    if former is not None and former.sources and former.sources != wanted.sources:
+        raise StoragedError(
+            ErrorCode.SOURCE_CHANGED, "the source is not the one that was attached",
+            cause="it was replaced or moved while qemu-storage-daemon was down",
+            hint="bring the old one back; or detach the volume and attach it again",
+        )
+    environment.claims.hold(spec.name, wanted.sources)
+    held: list[int] = []
+    try:
+        if former is None:
+            build = build_of(binary)
+            transport, why = choose_transport(spec.transport, build, max(0.1, deadline - time.monotonic()))
+            record = Record(
+                spec=spec, transport=transport.name, transport_reason=why, binary=binary,
+                settings=transport.settings(spec, build),
+            )
+        else:
+            transport = TRANSPORTS[former.transport]
+            record = msgspec.structs.replace(former, binary=binary, process=None, qsd_version="", rescue=False)
+        held += _names(site, transport.claims(site), environment.lock_directory)
+        if former is None:
+            transport.refuse_foreign(site)
+        held += opening.take(wanted, environment.lock_directory, _owner(site))
+        place = _reserve_overlay(spec, environment) if spec.snapshot else None
+        record = msgspec.structs.replace(record, sources=dict(wanted.sources), overlay=place)
+        return _run(record, wanted, site, environment, held)
+    finally:
+        for fd in held:
+            os.close(fd)
+
+
+def launch_rescue(former: Record, site: Site, environment: Environment) -> Started:
+    """Start a QSD in the place of a dead one that shall open nothing of the volume's. Blocks."""
+    held = _names(site, TRANSPORTS[former.transport].claims(site), environment.lock_directory)
+    try:
+        record = msgspec.structs.replace(former, process=None, qsd_version="", rescue=True)
+        return _run(record, None, site, environment, held)
+    finally:
+        for fd in held:
+            os.close(fd)
+
+
+def _run(
+    record: Record, wanted: opening.Opening | None, site: Site, environment: Environment, held: list[int]
+) -> Started:
+    directory = site.directory
+    os.makedirs(os.path.join(directory, "tmp"), mode=0o700, exist_ok=True)
+    write_record(directory, record)
+    environment.fault("start: recorded")
+    with bind_unix(qmp_socket(directory), mode=0o600) as listener:
+        # In the backlog before QSD is there: it is served as soon as its main loop runs.
+        monitor = connect_unix(qmp_socket(directory))
+        pid, pidfd = spawn(record.binary, directory, listener, held)
+    environment.fault("start: spawned")
+    return Started(wanted, record, monitor, pid, pidfd)
+
+
+def _names(site: Site, names: tuple[str, ...], directory: str) -> list[int]:
+    """Lock names that are the host's: another daemon may have a volume of the same name."""
+    held: list[int] = []
+    for name in names:
+        try:
+            held.append(locks.take_lock(directory, name, exclusive=True, owner=_owner(site)))
+        except StoragedError as error:
+            for fd in held:
+                os.close(fd)
+            raise StoragedError(
+                ErrorCode.NAME_TAKEN, f"the name {site.bus_name} is taken on this host", cause=error.cause,
+                hint="choose another name for the volume, or --transport fuse", users=error.users,
+            ) from error
+    return held
+
+
+def _reserve_overlay(spec: VolumeSpec, environment: Environment) -> str:
+    overlay.limit_of(spec)
+    place = spec.snapshot_dir or environment.config.snapshot_dir
+    return overlay.reserve(environment.layout.snapshots_dir, place, spec.name)
+
+
+def _owner(site: Site) -> str:
+    return f"volume {site.name} ({site.directory})"

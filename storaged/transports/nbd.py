@@ -1,0 +1,236 @@
+"""NBD: QSD's NBD server (nbd/server.c in QEMU) and the kernel's NBD client, over a unix socket that nobody else sees.
+
+What it survives: the daemon's death, and QSD's: requests wait for a successor, and go on once the kernel was given a
+connection to it. One connection, no request timeout and a long dead_conn_timeout are what keeps the data safe: with
+more connections the kernel may send a request again that the first server is still about to do
+(nbd_xmit_timeout in drivers/block/nbd.c).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from storaged.errors import ErrorCode, StoragedError
+from storaged.host import disk, nbd
+from storaged.host.nbdhandshake import negotiate
+from storaged.host.unixsock import connect_unix
+from storaged.model.blockdev import DISK, EXPORT
+from storaged.model.plan import Device
+from storaged.model.record import Record
+from storaged.model.spec import VolumeSpec
+from storaged.qsd.version import Build
+from storaged.transports.base import Availability, Connected, HostDevice, Seen, Site
+from storaged.transports.needs import lacking, load_modules
+from storaged.transports.options import Number, number
+
+_CONNECTIONS = Number("connections; more than one is faster, and not safe when QSD hangs", 1, 16)
+_TIMEOUT = Number("seconds until a request fails; 0: never", 0, 86400)
+_DEAD_TIMEOUT = Number("seconds that requests wait for a new QSD", 1, 365 * 86400)
+
+#: In milliseconds: how often the kernel looks whether a request's connection is dead.
+_LOOK_EVERY = 500
+_MAX_SECTORS_KB = 4096
+_SOCKET = "nbd.sock"
+_FORCED_FLUSH = 5.0
+
+
+class NbdTransport(HostDevice):
+    """The transport ``nbd``."""
+
+    name = "nbd"
+    grows = False
+    reconnects = True
+    options: Mapping[str, str] = {
+        "connections": f"{_CONNECTIONS.about}; default 1",
+        "timeout": f"{_TIMEOUT.about}; default 0",
+        "dead-timeout": f"{_DEAD_TIMEOUT.about} before they fail; default 3600",
+    }
+
+    def probe(self, build: Build | None) -> Availability:
+        """The kernel's NBD client, and libnbd for the handshake."""
+        if build is not None and "nbd" not in build.exports:
+            return Availability(False, f"qemu-storage-daemon {build.version} has no nbd export")
+        missing = lacking("nbd") or libnbd_problem()
+        if missing:
+            return Availability(False, missing)
+        return Availability(True, "the kernel has an NBD client")
+
+    def make_ready(self, timeout: float) -> None:
+        """Load the module, with the parameters that the administrator has given it in modprobe.d."""
+        load_modules("nbd", timeout)
+
+    def settings(self, spec: VolumeSpec, build: Build) -> dict[str, int]:
+        """The safe set, or what the user insists on."""
+        return {
+            "connections": number(spec, "connections", _CONNECTIONS, 1),
+            "timeout": number(spec, "timeout", _TIMEOUT, 0),
+            "dead-timeout": number(spec, "dead-timeout", _DEAD_TIMEOUT, 3600),
+            # QSD 7.2 with an iothread here aborts when the client disconnects.
+            "iothread": int(build.version.major >= 10),
+        }
+
+    def claims(self, site: Site) -> tuple[str, ...]:
+        """The identifier is what tells our device from others'."""
+        return (f"nbd:{site.bus_name}",)
+
+    def refuse_foreign(self, site: Site) -> None:
+        """A device with our identifier that we did not make is left alone."""
+        found = nbd.find(site.bus_name)
+        if found is not None:
+            raise StoragedError(
+                ErrorCode.NAME_TAKEN, f"{found.path} has the backend identifier {site.bus_name} already",
+                cause="this daemon did not make it",
+                hint=f"choose another name; or end whatever it belongs to: nbd-client -d {found.path}",
+            )
+
+    def setup(self, site: Site, record: Record) -> list[tuple[str, dict[str, Any]]]:
+        """The server, in the volume's directory (QSD's working directory: its path may be too long), and a thread."""
+        server = {"addr": {"type": "unix", "data": {"path": _SOCKET}}}
+        threads = [("object-add", {"qom-type": "iothread", "id": "io"})] if record.settings["iothread"] else []
+        return [*threads, ("nbd-server-start", server)]
+
+    def export(self, site: Site, record: Record) -> dict[str, Any]:
+        """BlockExportOptionsNbd."""
+        options: dict[str, Any] = {
+            "type": "nbd", "id": EXPORT, "node-name": DISK, "name": site.bus_name,
+            "writable": not record.spec.read_only,
+        }
+        if record.settings["iothread"]:
+            options["iothread"] = "io"
+        return options
+
+    async def prepare(self, site: Site, record: Record, timeout: float) -> None:
+        """Nothing: the server is there."""
+
+    def observe(self, site: Site, record: Record | None, *, alive: bool) -> Seen:
+        """The identifier in sysfs tells whether the device is ours; the record, whose connection it has."""
+        device = Device.NONE
+        if record is not None and record.device is not None and nbd.backend(record.device) == site.bus_name:
+            served = alive and record.served_by is not None and record.served_by == record.process
+            device = Device.HEALTHY if served else Device.UNSERVED
+        return Seen(reachable=True, device=device, remains=False)
+
+    def find_device(self, site: Site) -> Connected | None:
+        """The device with our identifier."""
+        found = nbd.find(site.bus_name)
+        return Connected(found.path, found.diskseq) if found else None
+
+    async def connect(self, site: Site, record: Record, timeout: float) -> Connected:
+        """The handshake by libnbd, then the kernel gets the connections."""
+
+        def work() -> Connected:
+            found = nbd.find(site.bus_name)
+            if found is not None:
+                # The answer to an earlier try was lost. Whose connection it has is not known: it gets a new one.
+                return Connected(found.path, found.diskseq, served=False)
+            with _connections(site, record) as (sockets, told):
+                made = nbd.connect(
+                    site.bus_name, sockets, told, block_size=record.spec.logical_block_size,
+                    timeouts=_timeouts(record),
+                )
+            _tune(made.path, record)
+            return Connected(made.path, made.diskseq)
+
+        return await site.blocking("set up an NBD device", timeout, work)
+
+    async def reconnect(self, site: Site, record: Record, timeout: float) -> None:
+        """New connections in the place of dead ones: the requests that wait are sent again."""
+
+        def work() -> None:
+            with _connections(site, record) as (sockets, told):
+                if told.size != record.size:
+                    raise StoragedError(
+                        ErrorCode.SOURCE_CHANGED, f"the disk has {told.size} bytes by now, its device {record.size}",
+                        hint="bring the old size back; or detach the volume and attach it again",
+                    )
+                nbd.reconnect(str(record.device), site.bus_name, sockets, _timeouts(record))
+            _tune(str(record.device), record)
+
+        await site.blocking("reconnect the NBD device", timeout, work)
+
+    async def disconnect(self, site: Site, record: Record, timeout: float) -> None:
+        """Flush and disconnect under an O_EXCL descriptor."""
+        path, given_up = record.device, threading.Event()
+        if path is None:
+            return
+        try:
+            await site.blocking(
+                "take the NBD device away", timeout, disk.remove_unused, path,
+                lambda: nbd.backend(path) == site.bus_name, lambda: nbd.disconnect(path, site.bus_name),
+                read_only=record.spec.read_only, given_up=given_up,
+            )
+        except BaseException:
+            given_up.set()
+            raise
+        await site.blocking("see the NBD device go", timeout, nbd.wait_gone, path, site.bus_name)
+
+    async def disconnect_by_force(
+        self, site: Site, record: Record, timeout: float, *, flush: bool
+    ) -> list[str]:
+        """Flush for a few seconds if there is a server, then end all requests and the connection."""
+        path, notes = record.device, []
+        if path is None:
+            return []
+        served = record.served_by is not None and record.served_by == record.process
+        if flush and served and not record.spec.read_only:
+            try:
+                await site.blocking(
+                    "flush the device", min(timeout, _FORCED_FLUSH), disk.flush_path, path,
+                    lambda: nbd.backend(path) == site.bus_name,
+                )
+            except Exception as error:  # whatever it is, the device goes away; the user is told
+                notes.append(f"not all that was written could be flushed: {error}")
+        await site.blocking("take the NBD device away", timeout, nbd.disconnect, path, site.bus_name)
+        users = await site.blocking("see the NBD device go", timeout, nbd.users_that_keep, path, site.bus_name)
+        return notes + [f"{path} fails all I/O and stays until its last user is gone: {user}" for user in users]
+
+    async def clear(self, site: Site, record: Record | None, timeout: float) -> list[str]:
+        """Nothing is left but the socket, which goes with the directory."""
+        return []
+
+    async def resized(self, site: Site, record: Record, size: int, timeout: float) -> None:
+        """QSD does not resize a disk that it exports by NBD."""
+        raise StoragedError(ErrorCode.UNSUPPORTED, "a volume on NBD cannot be resized")
+
+
+def libnbd_problem() -> str:
+    """Say why libnbd's binding cannot be used; empty if it can."""
+    try:
+        import nbd as binding
+
+        binding.NBD  # noqa: B018  # PyPI's package of that name has none
+    except (ImportError, AttributeError) as error:
+        return f"libnbd's Python binding is missing ({error}): apt install python3-libnbd"
+    return ""
+
+
+@contextlib.contextmanager
+def _connections(site: Site, record: Record) -> Iterator[tuple[list[socket.socket], nbd.Negotiated]]:
+    """Connected sockets past the handshake. The kernel keeps its own reference, so ours are closed at the end."""
+    with contextlib.ExitStack() as stack:
+        sockets = [
+            stack.enter_context(connect_unix(os.path.join(site.directory, _SOCKET)))
+            for _ in range(record.settings["connections"])
+        ]
+        told = [negotiate(sock, site.bus_name) for sock in sockets]
+        yield sockets, told[0]
+
+
+def _timeouts(record: Record) -> nbd.Timeouts:
+    return nbd.Timeouts(record.settings["timeout"], record.settings["dead-timeout"])
+
+
+def _tune(path: str, record: Record) -> None:
+    with contextlib.suppress(OSError):  # only slower without it
+        largest = int(disk.attribute(path, "queue/max_hw_sectors_kb") or _MAX_SECTORS_KB)
+        disk.set_attribute(path, "queue/max_sectors_kb", min(largest, _MAX_SECTORS_KB))
+    if record.settings["timeout"] == 0:
+        disk.set_attribute(path, "queue/io_timeout", _LOOK_EVERY)
+
+
+TRANSPORT = NbdTransport()

@@ -1,0 +1,240 @@
+"""VDUSE: QSD serves a vDPA device (block/export/vduse-blk.c in QEMU), virtio_vdpa and virtio_blk make a disk of it.
+
+What it survives: the daemon's death, and QSD's. Requests in flight are kept in the log below the volume's TMPDIR,
+and wait, without an error, for a QSD that exports under the same name with the same queues.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from storaged.errors import ErrorCode, StoragedError
+from storaged.host import disk, vdpa, vduse
+from storaged.model.blockdev import DISK, EXPORT
+from storaged.model.plan import Device
+from storaged.model.record import Record
+from storaged.model.spec import VolumeSpec
+from storaged.qsd.version import Build
+from storaged.transports.base import Availability, Connected, HostDevice, Seen, Site
+from storaged.transports.needs import lacking, load_modules
+from storaged.transports.options import Number, number
+
+_QUEUES = Number("virtqueues; more than CPUs have no use", 1, 64)
+_QUEUE_SIZE = Number("requests in a virtqueue", 16, 1024, power_of_two=True)
+_MSG_TIMEOUT = Number("seconds that the kernel waits for QSD to answer a control message", 1, 3600)
+_BOUNCE_SIZE = Number("the kernel's buffer between disk and QSD", 1 << 20, 1 << 30, size=True)
+
+#: Seconds for the disk to appear once the device is on the bus, and to follow a change of its size.
+_DISK_PATIENCE = 10.0
+_STEP = 0.01
+#: Seconds that requests may take to end when the disk is taken away by force; then its server is replaced.
+_FORCED_PATIENCE = 5.0
+_FORCED_FLUSH = 5.0
+
+
+class VduseTransport(HostDevice):
+    """The transport ``vduse``."""
+
+    name = "vduse"
+    needs_server = True
+    options: Mapping[str, str] = {
+        "queues": f"{_QUEUES.about}; default 1",
+        "queue-size": f"{_QUEUE_SIZE.about}, a power of two; default 256",
+        "msg-timeout": f"{_MSG_TIMEOUT.about}; default 30",
+        "bounce-size": f"{_BOUNCE_SIZE.about}; default: the kernel's, 64M",
+    }
+
+    def probe(self, build: Build | None) -> Availability:
+        """Linux 5.15 with VDPA_USER, VIRTIO_VDPA, VIRTIO_BLK; QSD 7.1 with vduse-blk."""
+        if build is not None and "vduse-blk" not in build.exports:
+            return Availability(False, f"qemu-storage-daemon {build.version} has no vduse-blk export, 7.1 brought it")
+        missing = lacking("vduse")
+        if missing:
+            return Availability(False, missing)
+        return Availability(True, "the kernel has VDUSE, virtio_vdpa and virtio_blk")
+
+    def make_ready(self, timeout: float) -> None:
+        """Load them, and look whether VDUSE devices can be made."""
+        load_modules("vduse", timeout)
+        problem = vduse.control_problem()
+        if problem:
+            raise StoragedError(
+                ErrorCode.TRANSPORT_UNAVAILABLE, "this host cannot make VDUSE devices", cause=problem,
+                hint="run the daemon as root of the host, outside of containers",
+            )
+
+    def settings(self, spec: VolumeSpec, build: Build) -> dict[str, int]:
+        """Queues as wished for; the kernel cuts what is more than it has CPUs, QSD and its log must agree with it."""
+        chosen = {
+            "queues": min(number(spec, "queues", _QUEUES, 1), os.cpu_count() or 1),
+            "queue-size": number(spec, "queue-size", _QUEUE_SIZE, 256),
+            "msg-timeout": number(spec, "msg-timeout", _MSG_TIMEOUT, 30),
+        }
+        if "bounce-size" in spec.options:
+            chosen["bounce-size"] = number(spec, "bounce-size", _BOUNCE_SIZE, 0)
+        if build.vduse_serial:
+            chosen["serial"] = 1
+        return chosen
+
+    def claims(self, site: Site) -> tuple[str, ...]:
+        """The bus is one for all of the host."""
+        return (f"vdpa:{site.bus_name}",)
+
+    def refuse_foreign(self, site: Site) -> None:
+        """A device of our name that we did not make is left alone; a node that nobody serves is a leftover."""
+        if vdpa.exists(site.bus_name):
+            raise StoragedError(
+                ErrorCode.NAME_TAKEN, f"there is a device {site.bus_name} on the vDPA bus already",
+                cause="this daemon did not make it",
+                hint=f"choose another name; or end what it belongs to, and: vdpa dev del {site.bus_name}",
+            )
+        vduse.destroy(site.bus_name)
+
+    def setup(self, site: Site, record: Record) -> list[tuple[str, dict[str, Any]]]:
+        """A thread for the I/O, so that QMP answers whatever the storage does."""
+        return [("object-add", {"qom-type": "iothread", "id": "io"})]
+
+    def export(self, site: Site, record: Record) -> dict[str, Any]:
+        """BlockExportOptionsVduseBlk."""
+        options: dict[str, Any] = {
+            "type": "vduse-blk", "id": EXPORT, "node-name": DISK, "name": site.bus_name, "iothread": "io",
+            "writable": not record.spec.read_only, "num-queues": record.settings["queues"],
+            "queue-size": record.settings["queue-size"], "logical-block-size": record.spec.logical_block_size,
+        }
+        if record.settings.get("serial"):
+            # VIRTIO_BLK_ID_BYTES
+            options["serial"] = site.name[:20]
+        return options
+
+    async def prepare(self, site: Site, record: Record, timeout: float) -> None:
+        """A successor keeps log and node. A fresh attachment has neither, whatever is left of an older one."""
+
+        def work() -> None:
+            if vdpa.exists(site.bus_name):
+                return
+            vduse.destroy(site.bus_name)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(site.directory, "tmp", f"vduse-blk-{site.bus_name}"))
+
+        await site.blocking("prepare the VDUSE device", timeout, work)
+
+    def observe(self, site: Site, record: Record | None, *, alive: bool) -> Seen:
+        """The bus, the disk and the node, all in sysfs and devtmpfs."""
+        if record is None:
+            return Seen(reachable=False, device=Device.NONE, remains=False)
+        node, device = vduse.node_exists(site.bus_name), Device.NONE
+        if vdpa.exists(site.bus_name):
+            found = vdpa.find_disk(site.bus_name)
+            if found is not None and record.device == found.path and record.diskseq == found.diskseq:
+                device = Device.HEALTHY if alive and node else Device.UNSERVED
+            return Seen(reachable=node, device=device, remains=device is Device.NONE)
+        return Seen(reachable=node, device=device, remains=node)
+
+    def find_device(self, site: Site) -> Connected | None:
+        """The disk of the device of our name."""
+        found = vdpa.find_disk(site.bus_name)
+        return Connected(found.path, found.diskseq) if found else None
+
+    async def connect(self, site: Site, record: Record, timeout: float) -> Connected:
+        """Onto the bus, and the disk looked for: the kernel's agreement does not prove that there is one."""
+        name = site.bus_name
+
+        def work() -> Connected:
+            for limit in ("msg-timeout", "bounce-size"):
+                if limit in record.settings and not vdpa.exists(name):
+                    vduse.set_limit(name, limit.replace("-", "_"), record.settings[limit])
+            vdpa.add(name)
+            vdpa.bind(name)
+            deadline = time.monotonic() + min(timeout, _DISK_PATIENCE)
+            while (found := vdpa.find_disk(name)) is None or not os.path.exists(found.path):
+                # Nothing tells it but uevents, which a container does not get; mostly it is there at once.
+                if time.monotonic() >= deadline:
+                    raise StoragedError(
+                        ErrorCode.DEVICE_FAILED, f"the kernel made no disk of {name}",
+                        cause="qemu-storage-daemon did not answer it, or another driver has the device",
+                        hint="see dmesg and qsd.log; storaged doctor says what is missing",
+                    )
+                time.sleep(_STEP)
+            return Connected(found.path, found.diskseq)
+
+        return await site.blocking("set up the vDPA device", timeout, work)
+
+    async def disconnect(self, site: Site, record: Record, timeout: float) -> None:
+        """Flush, unbind and delete, under an O_EXCL descriptor: the kernel would delete a mounted disk."""
+        path, given_up = record.device, threading.Event()
+        if path is None:
+            return
+        try:
+            await site.blocking(
+                "take the disk away", timeout, disk.remove_unused, path, lambda: _is_ours(site, record),
+                lambda: _remove(site.bus_name, timeout), read_only=record.spec.read_only, given_up=given_up,
+            )
+        except BaseException:
+            given_up.set()
+            raise
+
+    async def disconnect_by_force(
+        self, site: Site, record: Record, timeout: float, *, flush: bool
+    ) -> list[str]:
+        """Flush for a few seconds, then unbind it whoever uses it."""
+        notes = []
+        path = record.device
+        if flush and path is not None and not record.spec.read_only:
+            try:
+                await site.blocking(
+                    "flush the device", min(timeout, _FORCED_FLUSH), disk.flush_path, path,
+                    lambda: _is_ours(site, record),
+                )
+            except Exception as error:  # whatever it is, the device goes away; the user is told
+                notes.append(f"not all that was written could be flushed: {error}")
+        await site.blocking(
+            "take the disk away", timeout, _remove, site.bus_name, min(timeout, _FORCED_PATIENCE)
+        )
+        return notes
+
+    async def clear(self, site: Site, record: Record | None, timeout: float) -> list[str]:
+        """A device without a disk (a detach that was cut short), and a node that nobody serves."""
+
+        def work() -> None:
+            if record is None:
+                return
+            if vdpa.exists(site.bus_name):
+                _remove(site.bus_name, timeout)
+            vduse.destroy(site.bus_name)
+
+        await site.blocking("clear what a dead export left", timeout, work)
+        return []
+
+    async def resized(self, site: Site, record: Record, size: int, timeout: float) -> None:
+        """QSD tells the kernel; its answer comes before the kernel has taken it over."""
+
+        def follow() -> None:
+            path = str(record.device)
+            deadline = time.monotonic() + min(timeout, _DISK_PATIENCE)
+            while disk.size(path) != size:
+                if time.monotonic() >= deadline:
+                    raise StoragedError(
+                        ErrorCode.DEVICE_FAILED, "the image has grown, but its device has not followed",
+                        cause=f"{path} has {disk.size(path)} bytes", hint="see dmesg; detach and attach again",
+                    )
+                time.sleep(_STEP)
+
+        await site.blocking("see the disk grow", timeout, follow)
+
+
+def _is_ours(site: Site, record: Record) -> bool:
+    found = vdpa.find_disk(site.bus_name)
+    return found is not None and (found.path, found.diskseq) == (record.device, record.diskseq)
+
+
+def _remove(name: str, timeout: float) -> None:
+    vdpa.unbind(name, timeout)
+    vdpa.delete(name)
+
+
+TRANSPORT = VduseTransport()
