@@ -87,7 +87,7 @@ def _replace(directory: str, link: str, target: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         try:
-            # Absolute: that tells udev that it is not the link of a device that it forgets just now.
+            # Absolute: udev (257) leaves it alone then, when it forgets another device of that name.
             os.symlink(target, temporary)
             os.rename(temporary, path)
         except FileNotFoundError:

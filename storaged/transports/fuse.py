@@ -7,6 +7,7 @@ a new loop device are set up, users of the old one have to open the new one.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import threading
@@ -155,6 +156,11 @@ class FuseTransport(HostDevice):
             # The devices first: once the mount is gone, the kernel no longer shows what they stand on.
             notes = [note for device in devices for note in _stays(device, loop.release_by_force(device))]
             mounts.unmount(mountpoint)
+            for device in devices:
+                # Nothing tells udev that a device which somebody still has open has lost its volume, and its name.
+                if loop.is_bound(device):
+                    with contextlib.suppress(OSError):
+                        disk.set_attribute(device.path, "uevent", "change")
             return notes
 
         return await site.blocking("clear what a dead export left", timeout, work)
