@@ -81,6 +81,8 @@ def _follow(
 
 
 def _step(event: dict[str, Any]) -> str:
+    if event.get("kind") == "note":
+        return ""  # the answer has them all
     text = event.get("message") or event.get("state")
     return render.clean(f"volume {event.get('volume')}: {text}") if text and event.get("volume") else ""
 

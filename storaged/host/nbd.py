@@ -7,7 +7,7 @@ import errno
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from storaged.errors import ErrorCode, StoragedError
@@ -204,11 +204,15 @@ def backend(device: str) -> str | None:
     return disk.attribute(device, "backend")
 
 
-def find(identifier: str) -> Disk | None:
-    """Return the device that is connected to this backend."""
+def find(identifier: str, ignore: Collection[str] = ()) -> Disk | None:
+    """Return the device that is connected to this backend, and is none of those to ``ignore``.
+
+    One that was disconnected while somebody has it open looks like one that is connected until its last close.
+    """
     for entry in os.listdir("/sys/block"):
-        if entry.startswith("nbd") and backend(f"/dev/{entry}") == identifier:
-            return Disk(f"/dev/{entry}", disk.diskseq(f"/dev/{entry}"))
+        path = f"/dev/{entry}"
+        if entry.startswith("nbd") and path not in ignore and backend(path) == identifier:
+            return Disk(path, disk.diskseq(path))
     return None
 
 

@@ -53,6 +53,8 @@ class Observed:
     """The process that runs is a rescue server, which fails all I/O."""
     needs_server: bool = False
     """Not even by force can the device be taken away while nothing serves it."""
+    lost: bool = False
+    """What the device has acknowledged may be lost: it has to fail and go, and never to go on with a successor."""
 
     @property
     def nothing(self) -> bool:
@@ -102,6 +104,8 @@ def plan(goal: Goal, seen: Observed, *, force: bool = False) -> Step | None:
 
     ``force``: the device goes away whoever uses it, and its I/O may end with errors.
     """
+    if seen.lost and seen.device in (Device.UNSERVED, Device.HEALTHY):
+        return _towards_a_server(seen, force=True)
     if goal is Goal.ATTACHED:
         return _towards_attached(seen)
     if seen.device is Device.UNSERVED or (seen.needs_server and force and seen.device is Device.HEALTHY):

@@ -87,6 +87,10 @@ def _notes(spec: VolumeSpec, record: Record | None) -> list[str]:
     if record is not None and record.socket is not None:
         notes.append(f"vhost-user: the size of memory-backend-memfd must be that of -m ({_MEMORY} is an example)")
         notes.append(
+            "vhost-user: with reconnect the disk goes on after qemu-storage-daemon has died, unless requests had just "
+            "overtaken each other: then it fails until the machine is restarted"
+        )
+        notes.append(
             "vhost-user: QEMU's user must be able to write to the socket (-o socket-owner); one virtual machine at a "
             "time; there is no form with -drive"
         )

@@ -45,5 +45,9 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """The process that the device is connected to, where a device can outlive its server's connection (nbd)."""
     socket: str | None = None
     """The socket for a virtual machine, where there is no device (vhost-user)."""
+    lost: bool = False
+    """QSD died with writes in its memory, so that the device must not go on as if nothing had happened."""
+    abandoned: list[str] = []
+    """Devices that were disconnected by force, and that the kernel keeps for those who still have them open (nbd)."""
     rescue: bool = False
     """The process is a rescue server: it has not opened the source, and fails all I/O."""

@@ -42,6 +42,17 @@ class VolumeSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return not (self.read_only or self.snapshot)
 
     @property
+    def keeps_writes_in_memory(self) -> bool:
+        """Whether QSD may hold what it has acknowledged in its own memory until the next flush.
+
+        qcow2 does so with the table that says where a cluster is (block/qcow2-cache.c in QEMU); of the other formats
+        it is not known that they do not. When QSD dies these writes are gone, and a later flush would not tell.
+        """
+        if self.read_only or self.options.get("cache") in ("writethrough", "directsync"):
+            return False
+        return self.snapshot or self.format not in (Format.RAW, Format.LUKS)
+
+    @property
     def allowed_backing(self) -> list[str]:
         """The files and directories that the user allows backing files to come from."""
         value = self.options.get("backing", "")

@@ -53,7 +53,7 @@ def state_of(goal: Goal, seen: Observed, *, was_online: bool, failed: bool) -> S
     if goal is Goal.ABSENT:
         return State.ABSENT if seen.nothing else State.FAILED if failed else State.DETACHING
     usable = seen.qsd is Qsd.RUNNING and seen.exported and seen.device is Device.HEALTHY and seen.linked
-    if usable and not seen.rescue:
+    if usable and not seen.rescue and not seen.lost:
         return State.ONLINE
     if seen.qsd is Qsd.SILENT:
         return State.HUNG

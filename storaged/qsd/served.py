@@ -92,12 +92,18 @@ class ServedQsd:
         elif self._silent_since is None:
             self._silent_since = time.monotonic()
 
-    async def stop(self, timeout: float) -> None:
-        """Let it end by itself, which flushes everything; kill it when it does not."""
+    async def stop(self, timeout: float, *, export: str, quits_badly: bool) -> None:
+        """Let it end by itself, which flushes everything; kill it when it does not.
+
+        ``quits_badly``: it would dump core then; so it closes everything, and is killed. ``export`` is its export's id.
+        """
         patience = min(timeout, _QUIT_PATIENCE)
         try:
             self.refuse_silent()
             session = await self.session()
+            if quits_badly and await session.close_everything(export, timeout=patience):
+                await self.kill()
+                return
             await session.execute("quit", timeout=min(patience, ANSWER_TIMEOUT))
         except StoragedError as error:
             # A connection that ended is what quit does. A QSD that is silent will not hear of quit at all.

@@ -130,6 +130,20 @@ class Session:
             except TimeoutError as error:
                 raise _silent("the export does not go", timeout) from error
 
+    async def close_everything(self, export: str, *, timeout: float) -> bool:
+        """Delete the export and all nodes, which flushes them; say whether none is left."""
+        if await self.has_export(export):
+            await self.delete_export(export, timeout=timeout)
+        left = set(await self.node_names())
+        before: set[str] = set()
+        # A node goes only after the one that stands on it.
+        while left and left != before:
+            for node in left:
+                with contextlib.suppress(StoragedError):
+                    await self.execute("blockdev-del", {"node-name": node}, timeout=timeout)
+            before, left = left, set(await self.node_names())
+        return not left
+
     async def run_job(self, command: str, arguments: dict[str, Any], job: str, *, timeout: float) -> None:
         """Start a job, wait for its end and dismiss it. Raises what made it fail, QSD_SILENT at the deadline."""
         def concluded(message: Any) -> bool:

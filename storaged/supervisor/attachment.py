@@ -21,6 +21,7 @@ from storaged.model.sizes import MAX_SIZE
 from storaged.model.spec import VolumeSpec
 from storaged.qsd.process import pidfile
 from storaged.qsd.served import ServedQsd
+from storaged.qsd.version import aborts_with_iothread, parse_version
 from storaged.supervisor import launch, opening, overlay
 from storaged.supervisor.environment import Environment
 from storaged.supervisor.snapshot import open_snapshot
@@ -82,12 +83,20 @@ class Attachment:
                 await self.qsd.note_answer(error)
                 qsd = Qsd.SILENT if self.qsd.alive else Qsd.NONE
         seen = self.transport.observe(self._site, self.record, alive=export or qsd is Qsd.SILENT)
+        if seen.device is Device.UNSERVED and qsd is Qsd.NONE:
+            await self._note_losses()
         return Observed(
             qsd=qsd, opened=opened, exported=(export or qsd is Qsd.SILENT) and seen.reachable,
             remains=seen.remains, device=seen.device, linked=self._linked(seen), directory=self._has_directory(),
             rescue=self.qsd.alive and self.record is not None and self.record.rescue,
-            needs_server=self.transport.needs_server,
+            needs_server=self.transport.needs_server, lost=self.record is not None and self.record.lost,
         )
+
+    async def _note_losses(self) -> None:
+        """QSD is dead and its device waits. What it has acknowledged must not be missing under a later flush."""
+        record = self.record
+        if record is not None and not (record.rescue or record.lost) and record.spec.keeps_writes_in_memory:
+            await self._note(lost=True)
 
     async def _note_unrecorded_device(self) -> None:
         """A set-up that was given up, or whose daemon died, may have made a device all the same.
@@ -96,7 +105,7 @@ class Attachment:
         """
         if self.record is None or self.record.device is not None or not self.transport.needs_server:
             return
-        found = self.transport.find_device(self._site)
+        found = self.transport.find_device(self._site, self.record)
         if found is not None:
             await self._note(device=found.device, diskseq=found.diskseq)
 
@@ -157,8 +166,8 @@ class Attachment:
             self.spec = record.spec
             self._environment.claims.hold(self.spec.name, record.sources)
             alive = record.process is not None and self.qsd.find(record.process)
-            found = self.transport.find_device(self._site)
-            if record.device is None and found is not None:
+            found = self.transport.find_device(self._site, self.record)
+            if record.device is None and found is not None and found.device is not None:
                 # The daemon died between the set-up and the record.
                 await self._note(device=found.device, diskseq=found.diskseq)
             if record.served_by is not None:
@@ -175,19 +184,20 @@ class Attachment:
         strays = await self._site.blocking("look for processes", 10, self._strays)
         for transport in TRANSPORTS.values():
             # A name that all of the host share is ours only while our process holds the lock on it.
-            found = transport.find_device(self._site) if strays or not transport.claims(self._site) else None
-            if found is None or found.device is None:
+            found = transport.find_device(self._site, None) if strays or not transport.claims(self._site) else None
+            # The socket of a dead process serves nobody.
+            if found is None or not (found.device or (found.socket and strays)):
                 continue
             self.record = Record(
                 spec=self.spec, transport=transport.name, transport_reason="found without a record",
                 binary="", process=strays[0] if strays else None, device=found.device, diskseq=found.diskseq,
-                served_by=strays[0] if strays else None,
+                socket=found.socket, served_by=strays[0] if strays else None,
             )
             if strays:
                 self.qsd.find(strays[0])
             raise StoragedError(
-                ErrorCode.ADOPTION_REFUSED, f"the record of {found.device} is lost", volume=self.spec.name,
-                step="adopt", cause=damage or "there is none",
+                ErrorCode.ADOPTION_REFUSED, f"the record of {found.device or found.socket} is lost",
+                volume=self.spec.name, step="adopt", cause=damage or "there is none",
                 hint="the device goes on working; detach the volume and attach it again when it is free",
             )
 
@@ -249,6 +259,7 @@ class Attachment:
                 await self._note(
                     device=connected.device, diskseq=connected.diskseq, direct_io=connected.direct_io,
                     socket=connected.socket,
+                    abandoned=[device for device in self._known().abandoned if device != connected.device],
                 )
                 if connected.served:
                     await self._note_connection()
@@ -268,7 +279,7 @@ class Attachment:
             case Step.UNPUBLISH:
                 links.unpublish(self._environment.layout.dev_dir, self.spec.name)
             case Step.STOP:
-                await self.qsd.stop(timeout)
+                await self.qsd.stop(timeout, export=blockdev.EXPORT, quits_badly=self._quits_badly())
             case Step.REMOVE:
                 await self._site.blocking("remove the volume's directory", timeout, self._remove)
 
@@ -285,7 +296,7 @@ class Attachment:
             raise StoragedError(ErrorCode.INVALID_SIZE, f"{size} bytes are more than the kernel can address")
         if size % max(512, record.spec.logical_block_size):
             raise StoragedError(ErrorCode.INVALID_SIZE, f"{size} is no multiple of the block size")
-        if size > present and not self.transport.grows:
+        if size > present and not (self.transport.grows and record.settings.get("grows", 1)):
             raise StoragedError(
                 ErrorCode.UNSUPPORTED, f"a volume on {record.transport} cannot grow while it is attached",
                 cause="QEMU does not resize a disk that it exports in this way",
@@ -403,7 +414,11 @@ class Attachment:
 
     async def _disconnect(self, timeout: float, *, force: bool) -> None:
         record = self._known()
-        if force or record.rescue:
+        if record.lost:
+            self.notes.append(
+                f"{record.device} fails from now on: qemu-storage-daemon died with writes of it in its memory"
+            )
+        if force or record.rescue or record.lost:
             if not await self._disconnect_by_force(record, timeout):
                 return
         else:
@@ -422,8 +437,10 @@ class Attachment:
         """Return whether the device is gone; it is not where it has to get a rescue server first."""
         try:
             self.notes += await self.transport.disconnect_by_force(
-                self._site, record, timeout, flush=not (self.qsd.silent or record.rescue)
+                self._site, record, timeout, flush=not (self.qsd.silent or record.rescue or record.lost)
             )
+            if self.transport.reconnects and self.transport.find_device(self._site, record) is not None:
+                await self._note(abandoned=[*record.abandoned, str(record.device)])
         except StoragedError as error:
             if error.code is not ErrorCode.HOST_STUCK or not self.transport.needs_server or record.rescue:
                 raise
@@ -432,6 +449,10 @@ class Attachment:
             await self.qsd.kill()
             return False
         return True
+
+    def _quits_badly(self) -> bool:
+        version = parse_version(f"version {self.record.qsd_version}") if self.record else None
+        return version is not None and aborts_with_iothread(version)
 
     def _remove(self) -> None:
         overlay.remove(self._environment.layout.snapshots_dir, self.spec.name)
@@ -452,7 +473,7 @@ class Attachment:
     async def _forget_device(self) -> None:
         self._forget_connection()
         if self.record is not None and (self.record.device is not None or self.record.socket is not None):
-            await self._note(device=None, diskseq=0, socket=None, served_by=None)
+            await self._note(device=None, diskseq=0, socket=None, served_by=None, lost=False)
 
     async def _note(self, **changes: object) -> None:
         self.record = msgspec.structs.replace(self._known(), **changes)

@@ -111,7 +111,7 @@ class Transport(Protocol):
     def observe(self, site: Site, record: Record | None, *, alive: bool) -> Seen:
         """Look at the host's side. Never blocks. ``alive``: QSD runs and has the export."""
 
-    def find_device(self, site: Site) -> Connected | None:
+    def find_device(self, site: Site, record: Record | None) -> Connected | None:
         """Look for a device on this volume's export, for an attachment whose record is lost or behind."""
 
     async def connect(self, site: Site, record: Record, timeout: float) -> Connected:

@@ -85,7 +85,7 @@ class FuseTransport(HostDevice):
             device = Device.HEALTHY if alive else Device.STALE
         return Seen(reachable=mounted or device is Device.HEALTHY, device=device, remains=mounted)
 
-    def find_device(self, site: Site) -> Connected | None:
+    def find_device(self, site: Site, record: Record | None) -> Connected | None:
         """A loop device over the path of the export."""
         found = loop.find_by_backing(self._mountpoint(site))
         return Connected(found[0].path, found[0].diskseq, False) if found else None

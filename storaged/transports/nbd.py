@@ -19,6 +19,7 @@ from storaged.errors import ErrorCode, StoragedError
 from storaged.host import disk, nbd
 from storaged.host.nbdhandshake import negotiate
 from storaged.host.unixsock import connect_unix
+from storaged.host.users import device_users
 from storaged.model.blockdev import DISK, EXPORT
 from storaged.model.plan import Device
 from storaged.model.record import Record
@@ -82,10 +83,12 @@ class NbdTransport(HostDevice):
         """A device with our identifier that we did not make is left alone."""
         found = nbd.find(site.bus_name)
         if found is not None:
+            users = device_users(found.path)
             raise StoragedError(
                 ErrorCode.NAME_TAKEN, f"{found.path} has the backend identifier {site.bus_name} already",
-                cause="this daemon did not make it",
-                hint=f"choose another name; or end whatever it belongs to: nbd-client -d {found.path}",
+                cause=f"it is still used: {users[0]}" if users else "this daemon does not know it",
+                hint=f"end its users, or what it belongs to (nbd-client -d {found.path}); or choose another name",
+                users=users,
             )
 
     def setup(self, site: Site, record: Record) -> list[tuple[str, dict[str, Any]]]:
@@ -115,16 +118,16 @@ class NbdTransport(HostDevice):
             device = Device.HEALTHY if served else Device.UNSERVED
         return Seen(reachable=True, device=device, remains=False)
 
-    def find_device(self, site: Site) -> Connected | None:
+    def find_device(self, site: Site, record: Record | None) -> Connected | None:
         """The device with our identifier."""
-        found = nbd.find(site.bus_name)
+        found = nbd.find(site.bus_name, record.abandoned if record else ())
         return Connected(found.path, found.diskseq) if found else None
 
     async def connect(self, site: Site, record: Record, timeout: float) -> Connected:
         """The handshake by libnbd, then the kernel gets the connections."""
 
         def work() -> Connected:
-            found = nbd.find(site.bus_name)
+            found = nbd.find(site.bus_name, record.abandoned)
             if found is not None:
                 # The answer to an earlier try was lost. Whose connection it has is not known: it gets a new one.
                 return Connected(found.path, found.diskseq, served=False)

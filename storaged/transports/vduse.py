@@ -135,7 +135,7 @@ class VduseTransport(HostDevice):
             return Seen(reachable=node, device=device, remains=device is Device.NONE)
         return Seen(reachable=node, device=device, remains=node)
 
-    def find_device(self, site: Site) -> Connected | None:
+    def find_device(self, site: Site, record: Record | None) -> Connected | None:
         """The disk of the device of our name."""
         found = vdpa.find_disk(site.bus_name)
         return Connected(found.path, found.diskseq) if found else None

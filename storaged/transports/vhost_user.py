@@ -29,6 +29,8 @@ _QUEUES = Number("virtqueues", 1, 256)
 _LONGEST = 107
 #: (uid_t) -1, which means no user to chown(2).
 _NO_ID = 0xFFFFFFFF
+#: The first QEMU whose export has a resize callback. Before, not even a machine that starts later sees the new size.
+_TELLS_GROWTH = (8, 1)
 
 
 class VhostUserTransport:
@@ -54,9 +56,12 @@ class VhostUserTransport:
         """Nothing to load."""
 
     def settings(self, spec: VolumeSpec, build: Build) -> dict[str, int]:
-        """Queues, and whom the socket belongs to."""
+        """Queues, whom the socket belongs to, and whether QSD tells a virtual machine that the disk has grown."""
         user, group = _owner(spec)
-        return {"queues": number(spec, "queues", _QUEUES, 1), "uid": user, "gid": group}
+        return {
+            "queues": number(spec, "queues", _QUEUES, 1), "uid": user, "gid": group,
+            "grows": int(build.version[:2] >= _TELLS_GROWTH),
+        }
 
     def claims(self, site: Site) -> tuple[str, ...]:
         """The socket is in the daemon's own directory."""
@@ -105,9 +110,10 @@ class VhostUserTransport:
             device = Device.HEALTHY if there else Device.UNSERVED
         return Seen(reachable=there or aside, device=device, remains=there or aside)
 
-    def find_device(self, site: Site) -> Connected | None:
-        """There is none."""
-        return None
+    def find_device(self, site: Site, record: Record | None) -> Connected | None:
+        """The socket, which a virtual machine may be connected to."""
+        path = self.socket(site)
+        return Connected(None, socket=path) if any(map(os.path.lexists, (path, _aside(path)))) else None
 
     async def connect(self, site: Site, record: Record, timeout: float) -> Connected:
         """Open the socket to its owner."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import subprocess
@@ -224,3 +225,28 @@ def test_daemon_and_qsd_die_together(stopped: Daemon, place: Path, transport: st
     stopped.start()
     eventually(lambda: stopped.replaced("a", former), "replaced", timeout=60)
     assert reads(str(stopped.show("a")["device"]), 0, len(PATTERN)) == PATTERN
+
+
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_a_flush_that_succeeds_after_qsd_died_has_lost_nothing(
+    daemon: Daemon, place: Path, transport: str, format: str
+) -> None:
+    device = daemon.device("a", image(place / "a", format, "256M"), format=format, transport=transport)
+    blocks = {offset: os.urandom(4096) for offset in range(0, 256 << 20, 3 << 20)}
+    fd = os.open(device, os.O_RDWR | os.O_DIRECT)
+    try:
+        with mmap.mmap(-1, 4096) as buffer:
+            for offset, block in blocks.items():
+                buffer[:] = block
+                assert os.pwritev(fd, [buffer], offset) == 4096  # acknowledged, and not flushed
+            former = daemon.kill_qsd("a")
+            eventually(lambda: daemon.replaced("a", former), "replaced", timeout=60)
+            try:
+                os.fsync(fd)
+            except OSError:
+                return  # it is told that something may be lost
+            for offset, block in blocks.items():
+                assert os.preadv(fd, [buffer], offset) == 4096
+                assert buffer[:] == block, f"the block at {offset} is lost"
+    finally:
+        os.close(fd)

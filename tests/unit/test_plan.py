@@ -273,6 +273,25 @@ def test_a_link_goes_after_the_device_and_the_directory_last() -> None:
                 assert Step.DISCONNECT not in steps[steps.index(Step.UNPUBLISH):]
 
 
+@pytest.mark.parametrize("goal", Goal)
+@pytest.mark.parametrize("force", BOTH)
+def test_a_device_whose_acknowledged_writes_are_lost_goes_as_by_force_whatever_is_wished(
+    goal: Goal, force: bool
+) -> None:
+    for seen in (seen for seen in EVERYTHING if seen.device in (Device.UNSERVED, Device.HEALTHY)):
+        lost = replace(seen, lost=True)
+        step = plan(goal, lost, force=force)
+        # Never a successor, under which a flush would succeed and the writes would be missing.
+        assert step not in (Step.START, Step.OPEN, Step.RECONNECT, Step.CLEAR, None)
+        assert step is not Step.DISCONNECT or not lost.needs_server or lost.exported
+
+
+def test_once_such_a_device_is_gone_the_volume_gets_a_new_one() -> None:
+    gone = Observed(qsd=Qsd.RUNNING, opened=True, exported=True, rescue=True, needs_server=True, directory=True)
+    assert plan(Goal.ATTACHED, gone) is Step.STOP
+    assert plan(Goal.ATTACHED, replace(gone, qsd=Qsd.NONE, opened=False, exported=False, rescue=False)) is Step.START
+
+
 # Whatever happens ---------------------------------------------------------------------------------------------
 
 

@@ -160,3 +160,22 @@ def test_leaving_defaults_out_changes_nothing_in_what_was_given() -> None:
     wanted = spec(options=dict(DEFAULTS))
     without_defaults(wanted)
     assert wanted.options == DEFAULTS
+
+
+@pytest.mark.parametrize(
+    ("wishes", "holds"),
+    [
+        ({"format": "raw"}, False),
+        ({"format": "luks", "options": {"key-file": "/k"}}, False),
+        ({"format": "qcow2"}, True),
+        ({"format": "raw", "snapshot": True}, True),
+        ({"format": "qcow2", "read_only": True}, False),
+        ({"format": "qcow2", "options": {"cache": "writethrough"}}, False),
+        ({"format": "qcow2", "options": {"cache": "unsafe"}}, True),
+    ],
+)
+def test_qsd_may_hold_acknowledged_writes_in_memory_where_it_keeps_tables_of_the_image(
+    wishes: dict[str, object], holds: bool
+) -> None:
+    spec = msgspec.convert({"name": "a", "source": "/a", **wishes}, VolumeSpec)
+    assert spec.keeps_writes_in_memory is holds
