@@ -10,10 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from storaged.errors import ErrorCode, StoragedError
-from storaged.host.users import device_users
+from storaged.host.users import device_users, only_probes
 
-#: udev looks at a new or changed device for a moment: that is not a user, wait for it to go (seconds).
+#: udev looks at a new or changed device for a moment: that is not a user, wait for it to go (seconds). On a
+#: busy host it takes longer; then it is known by its name.
 PROBE_PATIENCE = 1.0
+_UDEV_PATIENCE = 30.0
 PROBE_STEP = 0.005
 
 
@@ -88,10 +90,15 @@ def open_alone(path: str, is_there: Callable[[], bool], *, read_only: bool, dead
             if error.errno != errno.EBUSY:
                 raise
         users = device_users(path)
-        if users or time.monotonic() >= deadline:
+        if (users and not only_probes(users)) or not patience_is_left(users, deadline):
             raise in_use(path, users)
         time.sleep(PROBE_STEP)
     return None
+
+
+def patience_is_left(users: list[str], deadline: float) -> bool:
+    """Whether to wait for these users to go: until ``deadline`` (monotonic), for udev longer."""
+    return time.monotonic() < deadline + (_UDEV_PATIENCE if only_probes(users) else 0)
 
 
 def in_use(path: str, users: list[str] | None = None) -> StoragedError:
@@ -143,7 +150,7 @@ def remove_unused(
         return
     try:
         while users := device_users(path):
-            if time.monotonic() >= deadline:
+            if not patience_is_left(users, deadline):
                 raise in_use(path, users)
             time.sleep(PROBE_STEP)
         if not read_only:

@@ -169,8 +169,8 @@ def release(device: Disk, *, read_only: bool, given_up: threading.Event) -> None
             return
         # Somebody opened it without O_EXCL. LOOP_CLR_FD now means "at the last close": take that back.
         _clear_autoclear(device)
-        if time.monotonic() >= deadline:
-            raise disk.in_use(device.path)
+        if time.monotonic() >= deadline and not disk.patience_is_left(users := device_users(device.path), deadline):
+            raise disk.in_use(device.path, users)
         time.sleep(disk.PROBE_STEP)
 
 

@@ -88,6 +88,10 @@ def load(
     except OSError as error:
         raise _failure(name, f"{modprobe}: {error.strerror}", "apt install --reinstall kmod") from error
     if status:
+        file = _directory(Path(root), release) / info.detail
+        if "Unknown symbol" in said and info.state is ModuleState.LOADABLE and not file.exists():
+            # ENOENT by init_module(2) would be a symbol; here there was nothing to give to it.
+            raise _failure(name, f"its file {file} is gone", modules.how_to_get(name, release, configured="m"))
         raise _failure(name, *modules.explain_failure(name, said, release, loading(root=root)))
     # With -b modprobe says nothing, and succeeds, when something blacklists the module; and so does an install line
     # that does something else.

@@ -96,7 +96,7 @@ def connect(
         if error.errno in (errno.ENOMEM, errno.ENOSPC, errno.EBUSY):
             raise StoragedError(
                 ErrorCode.NO_FREE_DEVICE, "there is no free NBD device", cause=error.strerror or "",
-                hint="free one (nbd-client -d), or load the module with more: modprobe nbd nbds_max=64",
+                hint="free one (nbd-client -d), or load the module with a smaller max_part",
             ) from error
         raise StoragedError(
             ErrorCode.DEVICE_FAILED, "the kernel's NBD client does not take the connection",
@@ -197,6 +197,14 @@ def watch_dead_links(tell: Callable[[str], None]) -> None:
                 index = message.get_attr("NBD_ATTR_INDEX")
                 if message["cmd"] == _LINK_DEAD and index is not None:
                     tell(f"/dev/nbd{index}")
+
+
+def module_number() -> int:
+    """Return a number that is another one when the module was unloaded and loaded again. Never blocks."""
+    try:
+        return os.stat("/sys/module/nbd").st_ino
+    except OSError:
+        return 0
 
 
 def backend(device: str) -> str | None:

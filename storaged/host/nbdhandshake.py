@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host.nbd import Negotiated
@@ -12,11 +13,13 @@ from storaged.host.nbd import Negotiated
 _HAS_FLAGS, _READ_ONLY, _FLUSH, _FUA, _ROTATIONAL, _TRIM, _ZEROES, _MULTI_CONN = 1, 2, 4, 8, 16, 32, 64, 256
 
 
-def negotiate(sock: socket.socket, export: str) -> Negotiated:
-    """Agree with the server on an export; the socket is then in the transmission phase. Blocks.
+def negotiate(sock: socket.socket, export: str, timeout: float = 10.0) -> Negotiated:
+    """Agree with the server on an export; the socket is then in the transmission phase.
+
+    Blocks, for at most ``timeout`` seconds.
 
     Nothing that the kernel's client does not understand is asked for: no structured replies, no block status.
-    Raises DEVICE_FAILED.
+    Raises DEVICE_FAILED, QSD_SILENT.
     """
     import nbd  # not at the top: only who uses NBD needs libnbd to be there
 
@@ -27,7 +30,16 @@ def negotiate(sock: socket.socket, export: str) -> Negotiated:
         handle.set_request_meta_context(False)
     try:
         # libnbd owns what it is given and closes it, without a word to the server, when the handle goes.
-        handle.connect_socket(os.dup(sock.fileno()))
+        handle.aio_connect_socket(os.dup(sock.fileno()))
+        deadline = time.monotonic() + timeout
+        while not handle.aio_is_ready():
+            if time.monotonic() >= deadline:
+                raise StoragedError(
+                    ErrorCode.QSD_SILENT, "qemu-storage-daemon does not answer",
+                    cause=f"it has not ended the NBD handshake within {timeout:g} s",
+                    hint="it is stopped, or the storage below hangs",
+                )
+            handle.poll(max(1, int(1000 * (deadline - time.monotonic()))))
         flags = _HAS_FLAGS
         for has, flag in (
             (handle.is_read_only, _READ_ONLY), (handle.can_flush, _FLUSH), (handle.can_fua, _FUA),

@@ -31,6 +31,11 @@ def device_users(device: str) -> list[str]:
     return users
 
 
+def only_probes(users: list[str]) -> bool:
+    """Whether all of these are udev's: it looks at a new or changed device, and will be done soon."""
+    return bool(users) and all("(udev-worker)" in user or "(systemd-udevd)" in user for user in users)
+
+
 def _device_numbers(name: str) -> dict[int, str]:
     """Return the device numbers of a disk and its partitions, with their kernel names."""
     numbers: dict[int, str] = {}

@@ -89,15 +89,34 @@ def find_disk(name: str) -> Disk | None:
     return None
 
 
+def has_virtio_driver(name: str) -> bool:
+    """Whether the virtio device that virtio_vdpa made of it has a driver: virtio_blk lets go of one without answers."""
+    base = f"{_BUS}/devices/{name}"
+    with contextlib.suppress(OSError):
+        return any(
+            os.path.lexists(f"{base}/{entry}/driver") for entry in os.listdir(base) if entry.startswith("virtio")
+        )
+    return False
+
+
 def bind(name: str) -> None:
-    """See to it that virtio_vdpa has the device, and not vhost_vdpa, which may be loaded as well. Raises OSError."""
+    """See to it that virtio_vdpa has the device, and not vhost_vdpa, which may be loaded as well.
+
+    Raises DEVICE_FAILED.
+    """
     bound = driver(name)
     if bound == "virtio_vdpa":
         return
-    _write(f"{_BUS}/devices/{name}/driver_override", "virtio_vdpa")
-    if bound is not None:
-        _write(f"{_BUS}/drivers/{bound}/unbind", name)
-    _write(f"{_BUS}/drivers/virtio_vdpa/bind", name)
+    try:
+        _write(f"{_BUS}/devices/{name}/driver_override", "virtio_vdpa")
+        if bound is not None:
+            _write(f"{_BUS}/drivers/{bound}/unbind", name)
+        _write(f"{_BUS}/drivers/virtio_vdpa/bind", name)
+    except OSError as error:
+        raise StoragedError(
+            ErrorCode.DEVICE_FAILED, f"virtio_vdpa does not take {name}", cause=error.strerror or str(error),
+            hint="see dmesg",
+        ) from error
 
 
 def unbind(name: str, timeout: float) -> None:

@@ -57,15 +57,9 @@ def _vhost_user(name: str, spec: VolumeSpec, record: Record | None) -> list[str]
     return [
         "-m", _MEMORY, "-object", f"memory-backend-memfd,id=mem,size={_MEMORY},share=on",
         "-machine", "memory-backend=mem",
-        "-chardev", f"socket,id={name},path={_escaped(record.socket)},{_reconnect(record.qsd_version)}",
+        "-chardev", f"socket,id={name},path={_escaped(record.socket)}",
         "-device", f"vhost-user-blk-pci,chardev={name},num-queues={record.settings.get('queues', 1)}",
     ]
-
-
-def _reconnect(version: str) -> str:
-    """QEMU 9.2 brought reconnect-ms, and calls the older name deprecated since."""
-    parts = [int(part) if part.isdigit() else 0 for part in version.split(".")[:2]]
-    return "reconnect-ms=1000" if parts >= [9, 2] else "reconnect=1"
 
 
 def _notes(spec: VolumeSpec, record: Record | None) -> list[str]:
@@ -87,8 +81,8 @@ def _notes(spec: VolumeSpec, record: Record | None) -> list[str]:
     if record is not None and record.socket is not None:
         notes.append(f"vhost-user: the size of memory-backend-memfd must be that of -m ({_MEMORY} is an example)")
         notes.append(
-            "vhost-user: with reconnect the disk goes on after qemu-storage-daemon has died, unless requests had just "
-            "overtaken each other: then it fails until the machine is restarted"
+            "vhost-user: when qemu-storage-daemon dies, the disk stands still until the machine is restarted; "
+            "reconnect=1 at the chardev lets it go on, and can break the guest (README.md, Virtual machines)"
         )
         notes.append(
             "vhost-user: QEMU's user must be able to write to the socket (-o socket-owner); one virtual machine at a "

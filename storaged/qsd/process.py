@@ -13,6 +13,7 @@ from storaged.errors import ErrorCode, StoragedError
 #: What of its own environment the daemon hands on; TMPDIR is the volume's own.
 _ENVIRONMENT = ("PATH", "LANG", "LC_ALL")
 _LOG_TAIL = 2000
+_WAITS = "info: QEMU waiting for connection on: "
 
 
 def pidfile(directory: str) -> str:
@@ -91,4 +92,6 @@ def log_tail(directory: str) -> str:
             text = file.read().decode(errors="replace")
     except OSError:
         return ""
-    return " | ".join(line.strip() for line in text.splitlines()[-3:] if line.strip())
+    # It says at each start that it waits for us.
+    lines = [line.strip() for line in text.splitlines() if line.strip() and _WAITS not in line]
+    return " | ".join(lines[-3:])

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import msgspec
 
 from storaged.errors import ErrorCode, StoragedError
-from storaged.host import links, process
+from storaged.host import disk, links, process
 from storaged.host.blocking import BlockingCalls
 from storaged.model import blockdev
 from storaged.model.plan import Device, Observed, Qsd, Step
@@ -74,7 +74,9 @@ class Attachment:
             try:
                 self.qsd.refuse_silent()
                 session = await self.qsd.session()
-                needed = blockdev.node_names_needed(self.spec.snapshot)
+                # A rescue server has the one node that fails all I/O, and no overlay.
+                rescue = self.record is not None and self.record.rescue
+                needed = blockdev.node_names_needed(self.spec.snapshot and not rescue)
                 opened = needed <= (await session.node_names()).keys()
                 export = opened and await session.has_export(blockdev.EXPORT)
                 qsd = Qsd.RUNNING
@@ -230,8 +232,11 @@ class Attachment:
         try:
             await self._perform(step, timeout=timeout, force=force)
         except StoragedError as error:
-            if error.code is ErrorCode.QSD_DIED and await self.qsd.wait_gone(1.0):
-                # Its exit status and last words say more than a lost connection.
+            lost = error.code is ErrorCode.QSD_DIED or (
+                error.code is ErrorCode.DEVICE_FAILED and step in (Step.CONNECT, Step.RECONNECT)
+            )
+            if lost and await self.qsd.wait_gone(1.0):
+                # Its exit status and last words say more than a lost connection, or a device that came to nothing.
                 death, self.qsd.last_death = self.qsd.last_death, None
                 raise (death or error) from error
             raise
@@ -395,6 +400,13 @@ class Attachment:
                 ErrorCode.INVALID_SIZE, f"the disk has {size} bytes",
                 cause=f"that is no multiple of its logical block size {spec.logical_block_size}" if size else "",
                 hint="resize the image (qemu-img resize), or say another -o logical-block-size",
+            )
+        device = self._known().device
+        had = disk.size(device) if device is not None else 0
+        if had not in (0, size):
+            raise StoragedError(
+                ErrorCode.SOURCE_CHANGED, f"the disk has {size} bytes by now, its device {had}",
+                hint="bring the old size back; or detach the volume (--force) and attach it again",
             )
         await self._note(size=size)
 

@@ -23,11 +23,15 @@ class DeadLinks:
     def __init__(self) -> None:
         self._lost: dict[str, Callable[[], None]] = {}
         self._thread: threading.Thread | None = None
+        self._module = 0
 
     def watch(self, device: str, lost: Callable[[], None]) -> None:
         """Call ``lost`` in the event loop each time the connection of ``device`` dies, until :meth:`forget`."""
         self._lost[device] = lost
-        if self._thread is None or not self._thread.is_alive():
+        module = nbd.module_number()
+        if self._thread is None or not self._thread.is_alive() or module != self._module:
+            # A thread of a module that was unloaded since is told nothing any more, and waits for ever.
+            self._module = module
             loop = asyncio.get_running_loop()
             self._thread = threading.Thread(target=self._read, args=(loop,), name="NBD connections", daemon=True)
             self._thread.start()

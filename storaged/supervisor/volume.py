@@ -299,7 +299,12 @@ class Volume:
             if self._fresh and not self._leaving:
                 if isinstance(error, StoragedError):
                     self._fail(error)
-                await self._undo()
+                try:
+                    await self._undo()
+                except asyncio.CancelledError:
+                    # The time was over while it was taken back: that is not what it failed of.
+                    if not isinstance(error, StoragedError):
+                        raise
             self._blamed = step
             raise
         self._fresh = False
@@ -386,7 +391,7 @@ class Volume:
 
     async def _converge(self, *, force: bool = False, notes: list[str] | None = None) -> None:
         """Observe, plan, do one step, observe, until nothing is left to do. Raises what a step fails with."""
-        repeats, last = 0, None
+        repeats, last, started = 0, None, False
         self._step = None
         while True:
             self.seen = await self.attachment.observe()
@@ -403,6 +408,12 @@ class Volume:
                     hint="look into the journal, and report this",
                 )
             self._step = step
+            death = self.attachment.qsd.last_death
+            if started and death is not None and step in (Step.START, Step.RESCUE):
+                # The one that this has started is dead again: the next would fare no better.
+                self.attachment.qsd.last_death = None
+                raise death.at(volume=self.spec.name, step=step)
+            started = started or step in (Step.START, Step.RESCUE)
             self._emit("step", DOING[step])
             self._environment.fault(f"before {step}")
             left = max(0.1, self._deadline - time.monotonic())

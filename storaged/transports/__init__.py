@@ -36,7 +36,7 @@ def check_transport(spec: VolumeSpec) -> None:
     if wanted != "auto":
         seen = TRANSPORTS[wanted].probe(None)
         if not seen.available:
-            raise _unavailable(wanted, [f"{wanted}: {seen.reason}"])
+            raise _unavailable(wanted, [f"{wanted}: {seen.reason}"], seen.hint)
 
 
 def choose_transport(wanted: str, build: Build, timeout: float) -> tuple[Transport, str]:
@@ -46,6 +46,7 @@ def choose_transport(wanted: str, build: Build, timeout: float) -> tuple[Transpo
     """
     deadline = time.monotonic() + timeout
     reasons: list[str] = []
+    hint = ""
     for name in _candidates(wanted):
         transport = TRANSPORTS[name]
         seen = transport.probe(build)
@@ -59,7 +60,8 @@ def choose_transport(wanted: str, build: Build, timeout: float) -> tuple[Transpo
                 continue
             return transport, "as asked for" if wanted != "auto" else "; ".join([*reasons, f"{name}: {seen.reason}"])
         reasons.append(f"{name}: {seen.reason}")
-    raise _unavailable(wanted, reasons)
+        hint = seen.hint
+    raise _unavailable(wanted, reasons, hint if wanted != "auto" else "")
 
 
 def _candidates(wanted: str) -> tuple[str, ...]:
@@ -73,9 +75,9 @@ def _candidates(wanted: str) -> tuple[str, ...]:
     return (wanted,)
 
 
-def _unavailable(wanted: str, reasons: list[str]) -> StoragedError:
+def _unavailable(wanted: str, reasons: list[str], hint: str) -> StoragedError:
     return StoragedError(
         ErrorCode.TRANSPORT_UNAVAILABLE,
         f"this host cannot do the transport {wanted}" if wanted != "auto" else "this host can do no transport",
-        cause="; ".join(reasons), hint="storaged doctor says what is missing and how to get it",
+        cause="; ".join(reasons), hint=hint or "storaged doctor says what is missing and how to get it",
     )

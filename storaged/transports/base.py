@@ -20,6 +20,8 @@ class Availability:
 
     available: bool
     reason: str
+    hint: str = ""
+    """What to do about it."""
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,8 @@ class FuseTransport(HostDevice):
             return Availability(False, f"qemu-storage-daemon {build.version} has no FUSE export, 6.0 brought it")
         if not all(_is_device(path) for path in _NODES):
             missing = lacking("fuse")
-            if missing:
-                return Availability(False, missing)
+            if missing is not None:
+                return missing
         return Availability(True, "FUSE and loop devices are there")
 
     def make_ready(self, timeout: float) -> None:

@@ -26,7 +26,7 @@ from storaged.model.record import Record
 from storaged.model.spec import VolumeSpec
 from storaged.qsd.version import Build
 from storaged.transports.base import Availability, Connected, HostDevice, Seen, Site
-from storaged.transports.needs import lacking, load_modules
+from storaged.transports.needs import check_family, lacking, load_modules
 from storaged.transports.options import Number, number
 
 _CONNECTIONS = Number("connections; more than one is faster, and not safe when QSD hangs", 1, 16)
@@ -38,6 +38,8 @@ _LOOK_EVERY = 500
 _MAX_SECTORS_KB = 4096
 _SOCKET = "nbd.sock"
 _FORCED_FLUSH = 5.0
+#: Seconds that QSD may take for a handshake: it is on this host, and asks no storage.
+_HANDSHAKE_PATIENCE = 10.0
 
 
 class NbdTransport(HostDevice):
@@ -56,14 +58,18 @@ class NbdTransport(HostDevice):
         """The kernel's NBD client, and libnbd for the handshake."""
         if build is not None and "nbd" not in build.exports:
             return Availability(False, f"qemu-storage-daemon {build.version} has no nbd export")
-        missing = lacking("nbd") or libnbd_problem()
-        if missing:
-            return Availability(False, missing)
+        missing = lacking("nbd")
+        if missing is not None:
+            return missing
+        problem = libnbd_problem()
+        if problem:
+            return Availability(False, problem, "apt install python3-libnbd")
         return Availability(True, "the kernel has an NBD client")
 
     def make_ready(self, timeout: float) -> None:
         """Load the module, with the parameters that the administrator has given it in modprobe.d."""
         load_modules("nbd", timeout)
+        check_family("nbd")
 
     def settings(self, spec: VolumeSpec, build: Build) -> dict[str, int]:
         """The safe set, or what the user insists on."""
@@ -131,7 +137,7 @@ class NbdTransport(HostDevice):
             if found is not None:
                 # The answer to an earlier try was lost. Whose connection it has is not known: it gets a new one.
                 return Connected(found.path, found.diskseq, served=False)
-            with _connections(site, record) as (sockets, told):
+            with _connections(site, record, timeout) as (sockets, told):
                 made = nbd.connect(
                     site.bus_name, sockets, told, block_size=record.spec.logical_block_size,
                     timeouts=_timeouts(record),
@@ -145,7 +151,7 @@ class NbdTransport(HostDevice):
         """New connections in the place of dead ones: the requests that wait are sent again."""
 
         def work() -> None:
-            with _connections(site, record) as (sockets, told):
+            with _connections(site, record, timeout) as (sockets, told):
                 if told.size != record.size:
                     raise StoragedError(
                         ErrorCode.SOURCE_CHANGED, f"the disk has {told.size} bytes by now, its device {record.size}",
@@ -208,19 +214,28 @@ def libnbd_problem() -> str:
 
         binding.NBD  # noqa: B018  # PyPI's package of that name has none
     except (ImportError, AttributeError) as error:
-        return f"libnbd's Python binding is missing ({error}): apt install python3-libnbd"
+        return f"libnbd's Python binding is missing ({error})"
     return ""
 
 
 @contextlib.contextmanager
-def _connections(site: Site, record: Record) -> Iterator[tuple[list[socket.socket], nbd.Negotiated]]:
+def _connections(
+    site: Site, record: Record, timeout: float
+) -> Iterator[tuple[list[socket.socket], nbd.Negotiated]]:
     """Connected sockets past the handshake. The kernel keeps its own reference, so ours are closed at the end."""
+    patience = min(timeout / 2, _HANDSHAKE_PATIENCE)
     with contextlib.ExitStack() as stack:
-        sockets = [
-            stack.enter_context(connect_unix(os.path.join(site.directory, _SOCKET)))
-            for _ in range(record.settings["connections"])
-        ]
-        told = [negotiate(sock, site.bus_name) for sock in sockets]
+        try:
+            sockets = [
+                stack.enter_context(connect_unix(os.path.join(site.directory, _SOCKET)))
+                for _ in range(record.settings["connections"])
+            ]
+        except OSError as error:
+            raise StoragedError(
+                ErrorCode.DEVICE_FAILED, "qemu-storage-daemon takes no NBD connection",
+                cause=error.strerror or str(error), hint="look into the journal and qsd.log",
+            ) from error
+        told = [negotiate(sock, site.bus_name, patience) for sock in sockets]
         yield sockets, told[0]
 
 

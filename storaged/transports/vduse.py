@@ -21,7 +21,7 @@ from storaged.model.record import Record
 from storaged.model.spec import VolumeSpec
 from storaged.qsd.version import Build
 from storaged.transports.base import Availability, Connected, HostDevice, Seen, Site
-from storaged.transports.needs import lacking, load_modules
+from storaged.transports.needs import check_family, lacking, load_modules
 from storaged.transports.options import Number, number
 
 _QUEUES = Number("virtqueues; more than CPUs have no use", 1, 64)
@@ -31,6 +31,10 @@ _BOUNCE_SIZE = Number("the kernel's buffer between disk and QSD", 1 << 20, 1 << 
 
 #: Seconds for the disk to appear once the device is on the bus, and to follow a change of its size.
 _DISK_PATIENCE = 10.0
+#: Seconds for virtio_blk to take the device, which it does while the device comes onto the bus.
+_DRIVER_PATIENCE = 1.0
+#: The msg_timeout in seconds while the device is set up: so long a dead server holds up all netlink of the host.
+_SETUP_MSG_TIMEOUT = 10
 _STEP = 0.01
 #: Seconds that requests may take to end when the disk is taken away by force; then its server is replaced.
 _FORCED_PATIENCE = 5.0
@@ -54,13 +58,14 @@ class VduseTransport(HostDevice):
         if build is not None and "vduse-blk" not in build.exports:
             return Availability(False, f"qemu-storage-daemon {build.version} has no vduse-blk export, 7.1 brought it")
         missing = lacking("vduse")
-        if missing:
-            return Availability(False, missing)
+        if missing is not None:
+            return missing
         return Availability(True, "the kernel has VDUSE, virtio_vdpa and virtio_blk")
 
     def make_ready(self, timeout: float) -> None:
         """Load them, and look whether VDUSE devices can be made."""
         load_modules("vduse", timeout)
+        check_family("vdpa")
         problem = vduse.control_problem()
         if problem:
             raise StoragedError(
@@ -145,21 +150,25 @@ class VduseTransport(HostDevice):
         name = site.bus_name
 
         def work() -> Connected:
-            for limit in ("msg-timeout", "bounce-size"):
-                if limit in record.settings and not vdpa.exists(name):
-                    vduse.set_limit(name, limit.replace("-", "_"), record.settings[limit])
+            if not vdpa.exists(name):
+                if "bounce-size" in record.settings:
+                    vduse.set_limit(name, "bounce_size", record.settings["bounce-size"])
+                patience = min(record.settings["msg-timeout"], _SETUP_MSG_TIMEOUT, timeout / 2)
+                vduse.set_limit(name, "msg_timeout", max(1, int(patience)))
             vdpa.add(name)
             vdpa.bind(name)
-            deadline = time.monotonic() + min(timeout, _DISK_PATIENCE)
+            begin = time.monotonic()
             while (found := vdpa.find_disk(name)) is None or not os.path.exists(found.path):
                 # Nothing tells it but uevents, which a container does not get; mostly it is there at once.
-                if time.monotonic() >= deadline:
+                patience = _DISK_PATIENCE if vdpa.has_virtio_driver(name) else _DRIVER_PATIENCE
+                if time.monotonic() - begin >= min(timeout, patience):
                     raise StoragedError(
                         ErrorCode.DEVICE_FAILED, f"the kernel made no disk of {name}",
                         cause="qemu-storage-daemon did not answer it, or another driver has the device",
                         hint="see dmesg and qsd.log; storaged doctor says what is missing",
                     )
                 time.sleep(_STEP)
+            vduse.set_limit(name, "msg_timeout", record.settings["msg-timeout"])
             return Connected(found.path, found.diskseq)
 
         return await site.blocking("set up the vDPA device", timeout, work)

@@ -2,7 +2,9 @@
 machine. There is no device on the host, and the kernel needs nothing.
 
 What it survives: the daemon's death. QSD's: the virtual machine's QEMU waits and connects to the successor, if it was
-told to (reconnect=1 at its chardev).
+told to (reconnect=1 at its chardev). Requests that were under way at that moment are not known to the successor: the
+export has no VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD, and QEMU goes on from the used index, which is wrong where requests
+had overtaken each other.
 """
 
 from __future__ import annotations

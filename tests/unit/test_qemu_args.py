@@ -112,21 +112,17 @@ def test_blocks_of_4096_bytes_are_physical_too() -> None:
     assert device["logical_block_size"] == device["physical_block_size"] == "4096"
 
 
-@pytest.mark.parametrize(
-    ("version", "again"),
-    [("7.2.22", "reconnect=1"), ("9.1.0", "reconnect=1"), ("9.2.0", "reconnect-ms=1000"),
-     ("10.0.3", "reconnect-ms=1000"), ("", "reconnect=1")],
-)
-def test_a_socket_gives_the_vhost_user_form(version: str, again: str) -> None:
+def test_a_socket_gives_the_vhost_user_form() -> None:
     spec = VolumeSpec(name="web1", source="/a")
-    record = attached(spec, socket="/run/a,b.sock", qsd_version=version, settings={"queues": 4})
+    record = attached(spec, socket="/run/a,b.sock", settings={"queues": 4})
     words = arguments("/a", record=record).vhost_user
     assert words is not None
     found = dict(zip(words[::2], words[1::2], strict=True))
     assert options_of(found["-object"])["size"] == found["-m"]
     assert options_of(found["-object"])["share"] == "on"
     assert options_of(found["-chardev"])["path"] == "/run/a,b.sock"
-    assert found["-chardev"].endswith(again)
+    # A successor of a dead QSD would do again what the guest takes for done: the disk rather stands still.
+    assert "reconnect" not in found["-chardev"]
     assert options_of(found["-device"])["num-queues"] == "4"
 
 
