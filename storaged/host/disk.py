@@ -15,7 +15,7 @@ from storaged.host.users import device_users, only_probes
 #: udev looks at a new or changed device for a moment: that is not a user, wait for it to go (seconds). On a
 #: busy host it takes longer; then it is known by its name.
 PROBE_PATIENCE = 1.0
-_UDEV_PATIENCE = 30.0
+_UDEV_PATIENCE = 15.0
 PROBE_STEP = 0.005
 
 

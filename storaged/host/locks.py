@@ -11,6 +11,7 @@ import errno
 import fcntl
 import hashlib
 import os
+from collections.abc import Iterable
 
 from storaged.errors import ErrorCode, StoragedError
 
@@ -46,6 +47,13 @@ def take_lock(directory: str, identity: str, *, exclusive: bool, owner: str) -> 
         os.close(fd)
         raise
     return fd
+
+
+def let_go(held: Iterable[int]) -> None:
+    """Give back locks that nobody else shall have: also where a child that was just forked still has them open."""
+    for fd in held:
+        fcntl.flock(fd, fcntl.LOCK_UN)
+        os.close(fd)
 
 
 def _lock(fd: int, kind: int) -> bool:

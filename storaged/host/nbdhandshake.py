@@ -13,6 +13,17 @@ from storaged.host.nbd import Negotiated
 _HAS_FLAGS, _READ_ONLY, _FLUSH, _FUA, _ROTATIONAL, _TRIM, _ZEROES, _MULTI_CONN = 1, 2, 4, 8, 16, 32, 64, 256
 
 
+def libnbd_problem() -> str:
+    """Say why libnbd's binding cannot be used; empty if it can."""
+    try:
+        import nbd
+
+        nbd.NBD  # noqa: B018  # PyPI's package of that name has none
+    except (ImportError, AttributeError) as error:
+        return f"libnbd's Python binding is missing ({error})"
+    return ""
+
+
 def negotiate(sock: socket.socket, export: str, timeout: float = 10.0) -> Negotiated:
     """Agree with the server on an export; the socket is then in the transmission phase.
 
@@ -36,7 +47,7 @@ def negotiate(sock: socket.socket, export: str, timeout: float = 10.0) -> Negoti
             if time.monotonic() >= deadline:
                 raise StoragedError(
                     ErrorCode.QSD_SILENT, "qemu-storage-daemon does not answer",
-                    cause=f"it has not ended the NBD handshake within {timeout:g} s",
+                    cause=f"it has not ended the NBD handshake within {timeout:.0f} s",
                     hint="it is stopped, or the storage below hangs",
                 )
             handle.poll(max(1, int(1000 * (deadline - time.monotonic()))))

@@ -1,7 +1,8 @@
 """Who uses a block device: mounts in any mount namespace, swap, holders, and processes that have it open.
 
-This scan is for the names in an error. The guard against taking a device from under its user is the kernel's:
-an O_EXCL descriptor and the loop driver's own count of openers (storaged/host/loop.py).
+For loop devices this scan is for the names in an error: the guard is the kernel's, an O_EXCL descriptor and the
+loop driver's own count of openers (storaged/host/loop.py). The kernel would take away a VDUSE or NBD disk that is
+open without O_EXCL; there the scan is the guard against that, too (storaged/host/disk.py, remove_unused).
 """
 
 from __future__ import annotations
@@ -150,9 +151,9 @@ def _shown(path: str) -> str:
 
 
 def _is_device(path: str, numbers: dict[int, str]) -> bool:
-    # /dev names first: only those can be device nodes worth a stat.
+    # /dev names first, a chroot's too: only those can be device nodes worth a stat.
     target = os.readlink(path) if path.startswith("/proc/") else path
-    if not target.startswith("/dev/"):
+    if "/dev/" not in target:
         return False
     try:
         seen = os.stat(path)

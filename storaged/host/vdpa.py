@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import subprocess
+import time
 
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import disk, netlink
@@ -19,6 +20,7 @@ from storaged.host.disk import Disk
 _BUS = "/sys/bus/vdpa"
 _DEV_NEW = 3
 _DEV_DEL = 4
+_STEP = 0.01
 
 
 class _Message(netlink.Message):
@@ -99,6 +101,15 @@ def has_virtio_driver(name: str) -> bool:
     return False
 
 
+def is_going(name: str) -> bool:
+    """Whether it is being unbound, and waits for requests: driver and disk are gone, the virtio device is not."""
+    with contextlib.suppress(OSError):
+        return driver(name) is None and any(
+            entry.startswith("virtio") for entry in os.listdir(f"{_BUS}/devices/{name}")
+        )
+    return False
+
+
 def bind(name: str) -> None:
     """See to it that virtio_vdpa has the device, and not vhost_vdpa, which may be loaded as well.
 
@@ -127,6 +138,12 @@ def unbind(name: str, timeout: float) -> None:
     """
     bound = driver(name)
     if bound is None:
+        # An earlier child may be at it still: who deletes the device now stops all generic netlink of the host.
+        deadline = time.monotonic() + timeout
+        while is_going(name):
+            if time.monotonic() >= deadline:
+                raise _does_not_go(name, timeout)
+            time.sleep(_STEP)
         return
     child = subprocess.Popen(
         ["/bin/sh", "-c", 'echo "$1" > "$2"', "sh", name, f"{_BUS}/drivers/{bound}/unbind"],
@@ -139,16 +156,20 @@ def unbind(name: str, timeout: float) -> None:
         # It cannot be waited for. Whoever collects the daemon's children gets it; Popen must not warn.
         if child.stderr is not None:
             child.stderr.close()
-        raise StoragedError(
-            ErrorCode.HOST_STUCK, f"the disk of {name} does not go away",
-            cause=f"its requests have not ended within {timeout:g} s",
-            hint="the storage below does not answer; detach --force ends the requests with I/O errors",
-        ) from error
+        raise _does_not_go(name, timeout) from error
     if child.returncode != 0 and driver(name) is not None:
         raise StoragedError(
             ErrorCode.DEVICE_FAILED, f"cannot unbind {name} from {bound}",
             cause=complaint.decode(errors="replace").strip(), hint="see dmesg",
         )
+
+
+def _does_not_go(name: str, timeout: float) -> StoragedError:
+    return StoragedError(
+        ErrorCode.HOST_STUCK, f"the disk of {name} does not go away",
+        cause=f"its requests have not ended within {timeout:g} s",
+        hint="the storage below does not answer; detach --force ends the requests with I/O errors",
+    )
 
 
 def _write(path: str, text: str) -> None:

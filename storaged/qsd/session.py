@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
+import os
 import socket
+import time
 from typing import Any
 
 from qemu.qmp import (
@@ -26,6 +29,9 @@ logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
 
 #: Seconds that a QSD with nothing to do may take for an answer.
 ANSWER_TIMEOUT = 5.0
+#: Seconds that a server which has just died may hold its VDUSE device: io_uring lets go of its files late.
+_BUSY_PATIENCE = 3.0
+_BUSY_STEP = 0.05
 
 
 class Session:
@@ -114,6 +120,19 @@ class Session:
         """Whether an export of that id is there and not on its way out."""
         exports = await self.execute("query-block-exports")
         return any(entry["id"] == export and not entry["shutting-down"] for entry in exports)
+
+    async def add_export(self, options: dict[str, Any], *, timeout: float) -> None:
+        """Add an export (BlockExportOptions). Raises QSD_REFUSED, ..."""
+        deadline = time.monotonic() + min(timeout, _BUSY_PATIENCE)
+        while True:
+            try:
+                await self.execute("block-export-add", options, timeout=timeout)
+            except StoragedError as error:
+                if os.strerror(errno.EBUSY) not in error.cause or time.monotonic() >= deadline:
+                    raise
+                await asyncio.sleep(_BUSY_STEP)  # nothing tells when
+            else:
+                return
 
     async def delete_export(self, export: str, *, timeout: float) -> None:
         """Delete an export, whoever uses it, and wait until it is gone."""

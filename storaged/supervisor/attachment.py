@@ -6,23 +6,21 @@ import contextlib
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 import msgspec
 
 from storaged.errors import ErrorCode, StoragedError
-from storaged.host import disk, links, process
+from storaged.host import disk, links, locks, nbd, process
 from storaged.host.blocking import BlockingCalls
 from storaged.model import blockdev
 from storaged.model.plan import Device, Observed, Qsd, Step
 from storaged.model.qemu_args import QemuArguments, qemu_arguments
-from storaged.model.record import ProcessIdentity, Record
-from storaged.model.sizes import MAX_SIZE
+from storaged.model.record import Record
 from storaged.model.spec import VolumeSpec
-from storaged.qsd.process import pidfile
 from storaged.qsd.served import ServedQsd
 from storaged.qsd.version import aborts_with_iothread, parse_version
-from storaged.supervisor import launch, opening, overlay
+from storaged.supervisor import adoption, growing, launch, opening, overlay
 from storaged.supervisor.environment import Environment
 from storaged.supervisor.snapshot import open_snapshot
 from storaged.transports import TRANSPORTS
@@ -69,6 +67,7 @@ class Attachment:
             if self.record is not None and self.record.served_by is not None:
                 await self._note(served_by=None)
         await self._note_unrecorded_device()
+        await self._note_freed_devices()
         qsd, opened, export = Qsd.NONE, False, False
         if self.qsd.alive:
             try:
@@ -87,6 +86,9 @@ class Attachment:
         seen = self.transport.observe(self._site, self.record, alive=export or qsd is Qsd.SILENT)
         if seen.device is Device.UNSERVED and qsd is Qsd.NONE:
             await self._note_losses()
+        elif seen.device is Device.NONE and self.record is not None and self.record.lost:
+            # It has gone without us, and the next one begins anew.
+            await self._note(lost=False)
         return Observed(
             qsd=qsd, opened=opened, exported=(export or qsd is Qsd.SILENT) and seen.reachable,
             remains=seen.remains, device=seen.device, linked=self._linked(seen), directory=self._has_directory(),
@@ -105,11 +107,19 @@ class Attachment:
 
         It must not be overlooked where it cannot be taken away without a server.
         """
-        if self.record is None or self.record.device is not None or not self.transport.needs_server:
+        if self.record is None or not self.transport.needs_server:
             return
         found = self.transport.find_device(self._site, self.record)
-        if found is not None:
+        # Another one than that of the record: somebody has unbound it and bound it again.
+        if found is not None and (found.device, found.diskseq) != (self.record.device, self.record.diskseq):
             await self._note(device=found.device, diskseq=found.diskseq)
+
+    async def _note_freed_devices(self) -> None:
+        """A device that its last user has let go of may get another connection of ours: that one is none to ignore."""
+        if self.record is not None and self.record.abandoned:
+            kept = [device for device in self.record.abandoned if nbd.backend(device) == self._site.bus_name]
+            if kept != self.record.abandoned:
+                await self._note(abandoned=kept)
 
     def looks_well(self) -> bool:
         """Whether an online volume still is, judged by sysfs and mounts alone: cheap, never blocks."""
@@ -162,13 +172,13 @@ class Attachment:
         Raises ADOPTION_REFUSED, with everything left as it is, where something serves a device and its identity
         is in doubt.
         """
-        record, damage = await self._site.blocking("read the record", 10, self._read_record)
+        record, damage = await self._site.blocking("read the record", 10, adoption.read_record, self._site)
         self.record = record
         if record is not None:
             self.spec = record.spec
             self._environment.claims.hold(self.spec.name, record.sources)
             alive = record.process is not None and self.qsd.find(record.process)
-            found = self.transport.find_device(self._site, self.record)
+            found = self.transport.find_device(self._site, record)
             if record.device is None and found is not None and found.device is not None:
                 # The daemon died between the set-up and the record.
                 await self._note(device=found.device, diskseq=found.diskseq)
@@ -177,52 +187,18 @@ class Attachment:
                 await self._note(served_by=None)
             if alive:
                 return
-        else:
-            await self._refuse_what_is_in_doubt(damage)
-        await self._end_strays()
-
-    async def _refuse_what_is_in_doubt(self, damage: str) -> None:
-        """Hold on to a device without a record, so that the user can detach it; nothing else is done with it."""
-        strays = await self._site.blocking("look for processes", 10, self._strays)
-        for transport in TRANSPORTS.values():
-            # A name that all of the host share is ours only while our process holds the lock on it.
-            found = transport.find_device(self._site, None) if strays or not transport.claims(self._site) else None
-            # The socket of a dead process serves nobody.
-            if found is None or not (found.device or (found.socket and strays)):
-                continue
-            self.record = Record(
-                spec=self.spec, transport=transport.name, transport_reason="found without a record",
-                binary="", process=strays[0] if strays else None, device=found.device, diskseq=found.diskseq,
-                socket=found.socket, served_by=strays[0] if strays else None,
-            )
-            if strays:
-                self.qsd.find(strays[0])
-            raise StoragedError(
-                ErrorCode.ADOPTION_REFUSED, f"the record of {found.device or found.socket} is lost",
-                volume=self.spec.name, step="adopt", cause=damage or "there is none",
-                hint="the device goes on working; detach the volume and attach it again when it is free",
-            )
-
-    def _strays(self) -> list[ProcessIdentity]:
-        return process.find_by_arguments("--pidfile", pidfile(self._directory))
-
-    async def _end_strays(self) -> None:
-        """End a QSD of this volume that was started but never recorded: it serves nothing yet."""
-        for stray in await self._site.blocking("look for processes", 10, self._strays):
-            if self.qsd.find(stray):
+        servers = await self._site.blocking("look for processes", 10, adoption.strays, self._site)
+        if record is None:
+            self.record = adoption.find_in_doubt(self.spec, self._site, servers)
+            if self.record is not None:
+                # It is held on to, so that the user can detach it; nothing else is done with it.
+                if servers:
+                    self.qsd.find(servers[0])
+                raise adoption.refusal(self.record, damage)
+        for server in servers:
+            # It was started and never recorded: it serves nothing yet.
+            if self.qsd.find(server):
                 await self.qsd.kill()
-
-    def _read_record(self) -> tuple[Record | None, str]:
-        try:
-            with open(launch.record_path(self._directory), "rb") as file:
-                record = msgspec.json.decode(file.read(), type=Record)
-        except FileNotFoundError:
-            return None, ""
-        except (OSError, ValueError) as error:
-            return None, f"record.json is damaged: {error}"
-        if record.spec.name != self.spec.name or record.transport not in TRANSPORTS:
-            return None, "record.json speaks of another volume or transport"
-        return record, ""
 
     # Steps ---------------------------------------------------------------------------------------------------
 
@@ -244,7 +220,8 @@ class Attachment:
     async def _perform(self, step: Step, *, timeout: float, force: bool) -> None:
         match step:
             case Step.CLEAR:
-                self.notes += await self.transport.clear(self._site, self.record, timeout)
+                async with self._names_held():
+                    self.notes += await self.transport.clear(self._site, self.record, timeout)
                 await self._forget_device()
             case Step.START:
                 await self._start(timeout)
@@ -290,26 +267,10 @@ class Attachment:
 
     async def resize(self, size: int, timeout: float) -> None:
         """Grow the disk to ``size`` bytes, then its device. Raises INVALID_SIZE, UNSUPPORTED, ..."""
-        record, session = self._known(), await self.qsd.session()
+        session = await self.qsd.session()
         present = (await session.node_names())[blockdev.DISK]
-        if size < present:
-            raise StoragedError(
-                ErrorCode.INVALID_SIZE, f"the volume has {present} bytes; it can grow, not shrink",
-                hint="shrink the filesystem and copy it to a smaller image",
-            )
-        if size > MAX_SIZE:
-            raise StoragedError(ErrorCode.INVALID_SIZE, f"{size} bytes are more than the kernel can address")
-        if size % max(512, record.spec.logical_block_size):
-            raise StoragedError(ErrorCode.INVALID_SIZE, f"{size} is no multiple of the block size")
-        if size > present and not (self.transport.grows and record.settings.get("grows", 1)):
-            raise StoragedError(
-                ErrorCode.UNSUPPORTED, f"a volume on {record.transport} cannot grow while it is attached",
-                cause="QEMU does not resize a disk that it exports in this way",
-                hint="detach it, resize the image (qemu-img resize), and attach it again; or use --transport vduse",
-            )
+        growing.check(self._known(), self.transport, present, size)
         if size > present:
-            if record.spec.read_only:
-                raise StoragedError(ErrorCode.UNSUPPORTED, "a read-only volume cannot grow")
             await session.execute("block_resize", {"node-name": blockdev.DISK, "size": size}, timeout=timeout)
             await self._note(size=size)
         if self.transport.grows:
@@ -422,7 +383,7 @@ class Attachment:
         options = self.transport.export(self._site, record)
         if record.spec.options.get("cache") in ("writethrough", "directsync"):
             options["writethrough"] = True
-        await session.execute("block-export-add", options, timeout=timeout)
+        await session.add_export(options, timeout=timeout)
 
     async def _disconnect(self, timeout: float, *, force: bool) -> None:
         record = self._known()
@@ -448,9 +409,10 @@ class Attachment:
     async def _disconnect_by_force(self, record: Record, timeout: float) -> bool:
         """Return whether the device is gone; it is not where it has to get a rescue server first."""
         try:
-            self.notes += await self.transport.disconnect_by_force(
-                self._site, record, timeout, flush=not (self.qsd.silent or record.rescue or record.lost)
-            )
+            async with self._names_held():
+                self.notes += await self.transport.disconnect_by_force(
+                    self._site, record, timeout, flush=not (self.qsd.silent or record.rescue or record.lost)
+                )
             if self.transport.reconnects and self.transport.find_device(self._site, record) is not None:
                 await self._note(abandoned=[*record.abandoned, str(record.device)])
         except StoragedError as error:
@@ -461,6 +423,27 @@ class Attachment:
             await self.qsd.kill()
             return False
         return True
+
+    @contextlib.asynccontextmanager
+    async def _names_held(self) -> AsyncIterator[None]:
+        """Hold the names that QSD holds while it lives: what has them may be another daemon's by now.
+
+        Raises NAME_TAKEN.
+        """
+        if self.qsd.alive:
+            yield
+            return
+        held = await self._site.blocking.with_late_result(
+            "lock the name", 10,
+            lambda: launch.take_names(
+                self._site, self.transport.claims(self._site), self._environment.lock_directory
+            ),
+            locks.let_go,
+        )
+        try:
+            yield
+        finally:
+            locks.let_go(held)
 
     def _quits_badly(self) -> bool:
         version = parse_version(f"version {self.record.qsd_version}") if self.record else None

@@ -87,10 +87,13 @@ def launch(
         else:
             transport = TRANSPORTS[former.transport]
             record = msgspec.structs.replace(former, binary=binary, process=None, qsd_version="", rescue=False)
-        held += _names(site, transport.claims(site), environment.lock_directory)
+        held += take_names(site, transport.claims(site), environment.lock_directory)
         if former is None:
             transport.refuse_foreign(site)
         held += opening.take(wanted, environment.lock_directory, _owner(site))
+        if given_up.is_set():
+            # Modules or netlink let this thread hang for so long.
+            raise StoragedError(ErrorCode.HOST_STUCK, "too late")
         place = _reserve_overlay(spec, environment) if spec.snapshot else None
         record = msgspec.structs.replace(record, sources=dict(wanted.sources), overlay=place)
         return _run(record, wanted, site, environment, held)
@@ -101,7 +104,7 @@ def launch(
 
 def launch_rescue(former: Record, site: Site, environment: Environment) -> Started:
     """Start a QSD in the place of a dead one that shall open nothing of the volume's. Blocks."""
-    held = _names(site, TRANSPORTS[former.transport].claims(site), environment.lock_directory)
+    held = take_names(site, TRANSPORTS[former.transport].claims(site), environment.lock_directory)
     try:
         record = msgspec.structs.replace(former, process=None, qsd_version="", rescue=True)
         return _run(record, None, site, environment, held)
@@ -125,7 +128,7 @@ def _run(
     return Started(wanted, record, monitor, pid, pidfd)
 
 
-def _names(site: Site, names: tuple[str, ...], directory: str) -> list[int]:
+def take_names(site: Site, names: tuple[str, ...], directory: str) -> list[int]:
     """Lock names that are the host's: another daemon may have a volume of the same name."""
     held: list[int] = []
     for name in names:

@@ -8,14 +8,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from storaged.backends import BACKENDS, find_backend
 from storaged.backends.local import CACHE_FLAGS
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import disk, locks, loop, process
+from storaged.host.blocking import BlockingCalls
 from storaged.host.chain import ImageFile, inspect_chain
 from storaged.host.identity import block_identity, file_identity, identities, own_identity
 from storaged.model.blockdev import BASE, DISK, PASSPHRASE, Image, image_tree
 from storaged.model.formats import Format
+from storaged.model.record import Record
 from storaged.model.spec import VolumeSpec, check_spec
 from storaged.transports import options_of
 
@@ -176,3 +180,17 @@ def same_file(one: str, other: str) -> bool:
         backend = find_backend(source)
         paths.append(backend.parse(source))
     return os.path.samefile(*paths)
+
+
+async def same_wish(wanted: VolumeSpec, present: VolumeSpec, record: Record | None, blocking: BlockingCalls) -> bool:
+    """Whether another spelling of the source, or the transport that ``auto`` took, is all that differs."""
+    if record is not None and wanted.transport == record.transport:
+        wanted = msgspec.structs.replace(wanted, transport=present.transport)
+    if wanted == present:
+        return True
+    if msgspec.structs.replace(wanted, source=present.source) != present:
+        return False
+    try:
+        return await blocking("compare the sources", 5.0, same_file, wanted.source, present.source)
+    except (OSError, StoragedError):
+        return False

@@ -9,8 +9,6 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 
-import msgspec
-
 from storaged.errors import ErrorCode, StoragedError
 from storaged.model.plan import DOING, Goal, Observed, Step, plan
 from storaged.model.recovery import STABLE_AFTER, backoff
@@ -18,7 +16,7 @@ from storaged.model.spec import Desired, VolumeSpec, difference
 from storaged.model.states import State, state_of
 from storaged.supervisor.attachment import Attachment
 from storaged.supervisor.environment import Environment
-from storaged.supervisor.opening import same_file
+from storaged.supervisor.opening import same_wish
 from storaged.supervisor.requests import Request, error_of, nobody
 
 log = logging.getLogger("storaged.volume")
@@ -278,7 +276,9 @@ class Volume:
         self._not_before = time.monotonic() + backoff(self._setbacks)
 
     async def _attach(self, spec: VolumeSpec) -> None:
-        if spec != self.spec and not await self._means_the_same(spec):
+        if spec != self.spec and not await same_wish(
+            spec, self.spec, self.attachment.record, self.attachment.blocking
+        ):
             raise StoragedError(
                 ErrorCode.VOLUME_EXISTS, "the volume is attached with other wishes", volume=self.spec.name,
                 cause=difference(self.spec, spec), hint="detach it first, or choose another name",
@@ -308,20 +308,6 @@ class Volume:
             self._blamed = step
             raise
         self._fresh = False
-
-    async def _means_the_same(self, spec: VolumeSpec) -> bool:
-        """Whether another spelling of the source, or the transport that ``auto`` took, is all that differs."""
-        record = self.attachment.record
-        if record is not None and spec.transport == record.transport:
-            spec = msgspec.structs.replace(spec, transport=self.spec.transport)
-        if spec == self.spec:
-            return True
-        if msgspec.structs.replace(spec, source=self.spec.source) != self.spec:
-            return False
-        try:
-            return await self.attachment.blocking("compare the sources", 5.0, same_file, spec.source, self.spec.source)
-        except (OSError, StoragedError):
-            return False
 
     async def _undo(self) -> None:
         """Take back a first attach that failed; shielded, because it must end whatever ended the attach."""

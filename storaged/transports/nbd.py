@@ -17,7 +17,7 @@ from typing import Any
 
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import disk, nbd
-from storaged.host.nbdhandshake import negotiate
+from storaged.host.nbdhandshake import libnbd_problem, negotiate
 from storaged.host.unixsock import connect_unix
 from storaged.host.users import device_users
 from storaged.model.blockdev import DISK, EXPORT
@@ -131,6 +131,7 @@ class NbdTransport(HostDevice):
 
     async def connect(self, site: Site, record: Record, timeout: float) -> Connected:
         """The handshake by libnbd, then the kernel gets the connections."""
+        given_up = threading.Event()
 
         def work() -> Connected:
             found = nbd.find(site.bus_name, record.abandoned)
@@ -142,15 +143,29 @@ class NbdTransport(HostDevice):
                     site.bus_name, sockets, told, block_size=record.spec.logical_block_size,
                     timeouts=_timeouts(record),
                 )
-            _tune(made.path, record)
+            if given_up.is_set():
+                # Netlink stood still, and nobody waits for this device any more.
+                nbd.disconnect(made.path, site.bus_name)
+            else:
+                _tune(made.path, record)
             return Connected(made.path, made.diskseq)
 
-        return await site.blocking("set up an NBD device", timeout, work)
+        try:
+            return await site.blocking("set up an NBD device", timeout, work)
+        except BaseException:
+            given_up.set()
+            raise
 
     async def reconnect(self, site: Site, record: Record, timeout: float) -> None:
         """New connections in the place of dead ones: the requests that wait are sent again."""
 
         def work() -> None:
+            if not nbd.connected(str(record.device)):
+                raise StoragedError(
+                    ErrorCode.DEVICE_FAILED, f"{record.device} is not set up any more",
+                    cause="somebody disconnected it",
+                    hint="see dmesg; detach the volume and attach it again",
+                )
             with _connections(site, record, timeout) as (sockets, told):
                 if told.size != record.size:
                     raise StoragedError(
@@ -205,17 +220,6 @@ class NbdTransport(HostDevice):
     async def resized(self, site: Site, record: Record, size: int, timeout: float) -> None:
         """QSD does not resize a disk that it exports by NBD."""
         raise StoragedError(ErrorCode.UNSUPPORTED, "a volume on NBD cannot be resized")
-
-
-def libnbd_problem() -> str:
-    """Say why libnbd's binding cannot be used; empty if it can."""
-    try:
-        import nbd as binding
-
-        binding.NBD  # noqa: B018  # PyPI's package of that name has none
-    except (ImportError, AttributeError) as error:
-        return f"libnbd's Python binding is missing ({error})"
-    return ""
 
 
 @contextlib.contextmanager

@@ -96,7 +96,8 @@ class VduseTransport(HostDevice):
             raise StoragedError(
                 ErrorCode.NAME_TAKEN, f"there is a device {site.bus_name} on the vDPA bus already",
                 cause="this daemon did not make it",
-                hint=f"choose another name; or end what it belongs to, and: vdpa dev del {site.bus_name}",
+                hint="choose another name; or end what it belongs to, while its server lives: "
+                f"echo {site.bus_name} > /sys/bus/vdpa/drivers/virtio_vdpa/unbind; vdpa dev del {site.bus_name}",
             )
         vduse.destroy(site.bus_name)
 
@@ -135,7 +136,12 @@ class VduseTransport(HostDevice):
         node, device = vduse.node_exists(site.bus_name), Device.NONE
         if vdpa.exists(site.bus_name):
             found = vdpa.find_disk(site.bus_name)
-            if found is not None and record.device == found.path and record.diskseq == found.diskseq:
+            ours = record.device is not None and (
+                vdpa.is_going(site.bus_name) if found is None
+                else (found.path, found.diskseq) == (record.device, record.diskseq)
+            )
+            # One that goes already needs a server until its requests have ended, as one that stays.
+            if ours:
                 device = Device.HEALTHY if alive and node else Device.UNSERVED
             return Seen(reachable=node, device=device, remains=device is Device.NONE)
         return Seen(reachable=node, device=device, remains=node)
@@ -186,6 +192,7 @@ class VduseTransport(HostDevice):
         except BaseException:
             given_up.set()
             raise
+        await site.blocking("see the disk go", timeout, _see_it_go, site.bus_name, timeout)
 
     async def disconnect_by_force(
         self, site: Site, record: Record, timeout: float, *, flush: bool
@@ -239,6 +246,12 @@ class VduseTransport(HostDevice):
 def _is_ours(site: Site, record: Record) -> bool:
     found = vdpa.find_disk(site.bus_name)
     return found is not None and (found.path, found.diskseq) == (record.device, record.diskseq)
+
+
+def _see_it_go(name: str, timeout: float) -> None:
+    """Of a removal that was given up, and goes on by itself."""
+    if vdpa.is_going(name):
+        _remove(name, timeout)
 
 
 def _remove(name: str, timeout: float) -> None:

@@ -9,7 +9,19 @@ import pytest
 
 from storaged.errors import ErrorCode
 from storaged.transports import TRANSPORTS
-from tests.harness import Daemon, as_json, error_of, eventually, image, leftovers, mounted, reads, run, writes
+from tests.harness import (
+    Daemon,
+    as_json,
+    error_of,
+    eventually,
+    image,
+    leftovers,
+    luks_image,
+    mounted,
+    reads,
+    run,
+    writes,
+)
 
 PATTERN = bytes(range(256)) * 256
 
@@ -90,7 +102,7 @@ def test_resize_grows_image_and_device_while_it_is_mounted(
         else:
             assert daemon.call("Resize", name="a", size=128 << 20)["volume"]["size"] == 128 << 20
         assert run("blockdev", "--getsize64", device).stdout.strip() == str(128 << 20)
-    run("fsck.ext4", "-fn", device)
+    run("fsck.ext4", "-fy", device)  # resize2fs wants a check after the last mount
     run("resize2fs", device)
     with mounted(device, place / "mnt") as directory:
         assert (directory / "file").read_bytes() == PATTERN
@@ -105,6 +117,29 @@ def test_what_is_written_under_load_is_what_is_read(daemon: Daemon, place: Path,
         "--ioengine=libaio", "--iodepth=32", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0",
         "--io_size=400M", "--output-format=terse",
     )
+
+
+def test_a_snapshot_takes_writes_and_leaves_its_source_alone(daemon: Daemon, place: Path, transport: str) -> None:
+    source = image(place / "a.raw", "raw")
+    before = source.read_bytes()
+    device = daemon.device("a", source, snapshot=True, transport=transport)
+    writes(device, 4096, PATTERN)
+    assert reads(device, 4096, len(PATTERN)) == PATTERN
+    daemon.detach("a")
+    assert source.read_bytes() == before
+
+
+def test_an_encrypted_image_keeps_what_is_written(daemon: Daemon, place: Path, transport: str) -> None:
+    key = place / "key"
+    key.write_text("correct horse")
+    source = luks_image(place / "a.luks", key)
+    for again in (False, True):
+        device = daemon.device("a", source, format="luks", options={"key-file": str(key)}, transport=transport)
+        if not again:
+            writes(device, 1 << 20, PATTERN)
+        assert reads(device, 1 << 20, len(PATTERN)) == PATTERN
+        daemon.detach("a")
+    assert PATTERN not in source.read_bytes()
 
 
 def test_the_next_daemon_takes_the_device_over(daemon: Daemon, place: Path, transport: str) -> None:

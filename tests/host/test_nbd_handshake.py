@@ -143,3 +143,11 @@ def test_a_server_that_goes_in_the_middle_is_a_failure(place: Path) -> None:
     with ours:
         theirs.close()
         assert error_of(lambda: negotiate(ours, "rw")).code is ErrorCode.DEVICE_FAILED
+
+
+def test_a_server_that_does_not_answer_is_waited_for_no_longer_than_asked(place: Path) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        error = error_of(lambda: negotiate(ours, "rw", 0.2))
+        assert error.code is ErrorCode.QSD_SILENT
+        assert error.hint

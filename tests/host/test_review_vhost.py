@@ -6,15 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from storaged.errors import StoragedError
 from tests.guest import GuestError, guest, vhost_user
 from tests.harness import Daemon, eventually, image
 
 pytestmark = pytest.mark.timeout(400)
 
 
-def test_a_guest_is_told_when_writes_were_lost_with_qsd(daemon: Daemon, place: Path) -> None:
-    volume = daemon.attach("a", image(place / "a", "qcow2", "256M"), format="qcow2", transport="vhost-user")
+@pytest.mark.parametrize("cache", [
+    pytest.param("writeback", marks=pytest.mark.xfail(strict=True, reason="the flush succeeds and the data is gone")),
+    "writethrough",
+])
+def test_a_guest_is_told_when_writes_were_lost_with_qsd(daemon: Daemon, place: Path, cache: str) -> None:
+    volume = daemon.attach(
+        "a", image(place / "a", "qcow2", "256M"), format="qcow2", transport="vhost-user", options={"cache": cache}
+    )
     with guest(place / "vm", vhost_user(str(volume["socket"]))) as machine:
         machine.run("dd if=/dev/urandom of=/ref bs=64k count=4 2>/dev/null")
         for block in range(4):
@@ -28,4 +33,6 @@ def test_a_guest_is_told_when_writes_were_lost_with_qsd(daemon: Daemon, place: P
             return
         machine.run("echo 3 >/proc/sys/vm/drop_caches")
         for block in range(4):
-            machine.run(f"dd if=/dev/vda of=/got bs=64k count=1 skip={block * 700}; dd if=/ref of=/want bs=64k count=1 skip={block}; cmp /got /want")
+            machine.run(f"dd if=/dev/vda of=/got bs=64k count=1 skip={block * 700}")
+            machine.run(f"dd if=/ref of=/want bs=64k count=1 skip={block}")
+            machine.run("cmp /got /want")

@@ -19,7 +19,7 @@ from storaged.supervisor.attachment import Attachment
 from storaged.supervisor.environment import Environment
 from storaged.supervisor.events import EventHub
 from storaged.transports import TRANSPORTS
-from storaged.transports.base import Availability, HostDevice, Seen, Site
+from storaged.transports.base import Availability, Connected, HostDevice, Seen, Site
 from tests.contract.memory_store import MemoryStore
 
 
@@ -36,6 +36,9 @@ class Stuck(HostDevice):
         known = record is not None and record.device is not None
         device = (Device.HEALTHY if alive else Device.UNSERVED) if known else Device.NONE
         return Seen(reachable=True, device=device, remains=not known)
+
+    def find_device(self, site: Site, record: Record | None) -> Connected | None:
+        return Connected(record.device, record.diskseq) if record is not None else None
 
     async def disconnect_by_force(self, site: Site, record: Record, timeout: float, *, flush: bool) -> list[str]:
         raise StoragedError(ErrorCode.HOST_STUCK, "its requests do not end")

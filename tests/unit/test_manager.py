@@ -530,3 +530,47 @@ def test_a_detach_by_force_ends_a_first_attach_and_leaves_nothing(
         assert (await manager.attach(spec, None)).state is State.ONLINE
 
     with_manager(tmp_path, store, work)
+
+
+# What a first attach ends with ---------------------------------------------------------------------------------------
+
+
+def test_a_qsd_that_dies_before_there_is_a_disk_is_not_started_again_and_again(
+    tmp_path: Path, spec: VolumeSpec, world: type[World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    perform = world.perform
+
+    async def dies_with_its_export(self: World, step: Step, *, timeout: float, force: bool) -> None:
+        await perform(self, step, timeout=timeout, force=force)
+        if step is Step.EXPORT:
+            self.dies()
+
+    monkeypatch.setattr(world, "perform", dies_with_its_export)
+
+    async def work(manager: Manager) -> None:
+        error = await refused(manager.attach(spec, None))
+        assert (error.code, error.message) == (ErrorCode.QSD_DIED, "it died")
+        assert world.made[0].steps.count(Step.START) == 1
+        await is_free(manager)
+
+    with_manager(tmp_path, MemoryStore(), work)
+
+
+def test_what_an_attach_failed_of_is_told_although_taking_it_back_outlasts_its_time(
+    tmp_path: Path, spec: VolumeSpec, world: type[World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.failing[Step.CONNECT] = StoragedError(ErrorCode.DEVICE_FAILED, "no disk")
+    perform = world.perform
+
+    async def slowly_by_force(self: World, step: Step, *, timeout: float, force: bool) -> None:
+        await asyncio.sleep(0.3 if force else 0)
+        await perform(self, step, timeout=timeout, force=force)
+
+    monkeypatch.setattr(world, "perform", slowly_by_force)
+
+    async def work(manager: Manager) -> None:
+        error = await refused(manager.attach(spec, 0.2))
+        assert (error.code, error.message) == (ErrorCode.DEVICE_FAILED, "no disk")
+        await is_free(manager)
+
+    with_manager(tmp_path, MemoryStore(), work)

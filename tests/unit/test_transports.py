@@ -311,3 +311,38 @@ def test_an_nbd_device_with_our_identifier_that_is_not_ours_is_left_alone(
     assert error.code is ErrorCode.NAME_TAKEN
     assert "/dev/nbd7" in error.message
     nbd.TRANSPORT.refuse_foreign(site(str(tmp_path), "b"))
+
+
+# The kernel's netlink ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "family"), [("vduse", "vdpa"), ("nbd", "nbd")])
+@pytest.mark.parametrize("answer", [False, OSError(97, "Address family not supported by protocol")])
+def test_a_transport_whose_netlink_family_cannot_be_seen_is_not_ready(
+    monkeypatch: pytest.MonkeyPatch, name: str, family: str, answer: bool | OSError
+) -> None:
+    def has_family(asked: str) -> bool:
+        assert asked == family
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("storaged.host.netlink.has_family", has_family)
+    monkeypatch.setattr("storaged.host.modules.load", lambda name, timeout: None)
+    error = error_of(lambda: TRANSPORTS[name].make_ready(1))
+    assert error.code is ErrorCode.TRANSPORT_UNAVAILABLE
+    assert family in error.message
+    assert ("not supported" if answer else "network namespace") in error.cause
+    assert "--transport fuse" in error.hint
+
+
+def test_what_to_do_about_a_transport_that_is_asked_for_is_its_own_hint(use: Callable[..., None]) -> None:
+    class Hinted(Fake):
+        def probe(self, build: Build | None) -> Availability:
+            return Availability(False, "no module one", "install it")
+
+    use(Hinted("one"), Fake("two"))
+    assert error_of(lambda: choose_transport("one", OLD, 10)).hint == "install it"
+    assert error_of(lambda: check_transport(wish("one"))).hint == "install it"
+    _, why = choose_transport("auto", OLD, 10)
+    assert why == "one: no module one; two: it is there"
