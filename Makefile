@@ -2,7 +2,7 @@
 # PYTEST_ARGS is handed to pytest: make test PYTEST_ARGS='-k vduse -x'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-host test-vm test-vm-bookworm vm-shell lint unit bench-attach dkms clean
+.PHONY: help setup demo test test-host test-vm test-vm-bookworm vm-shell lint unit bench-attach bench-vm dkms clean
 # setup comes first in each list of prerequisites: never run them side by side.
 .NOTPARALLEL:
 
@@ -10,7 +10,8 @@ VENV := .venv/bin
 PYTEST_ARGS ?=
 # The Debian of the test machine: bookworm, trixie or sid. What of the tests runs in it. See docs/testing.md.
 MACHINE ?= trixie
-VM_TESTS ?= tests/vm tests/contract/test_transport.py tests/contract/test_transport_removal.py
+VM_TESTS ?= tests/vm tests/contract/test_transport.py tests/contract/test_transport_removal.py \
+	tests/contract/test_transport_accidents.py
 export MACHINE
 
 help: ## print this list
@@ -47,6 +48,11 @@ vm-shell: setup ## a shell in the test machine; with CMD='…': that command (ro
 
 bench-attach: setup ## how long attach and detach take (root)
 	$(VENV)/python bench/attach.py
+
+bench-vm: setup ## VDUSE and NBD against the same by hand, in the test machine (root, 15 minutes)
+	@mkdir -p .cache/bench
+	@scripts/vm run 'python bench/attach_vm.py --json /run/bench.json >&2 && cat /run/bench.json' >.cache/bench/attach.json
+	@scripts/vm run 'python bench/transports.py --json /run/bench.json >&2 && cat /run/bench.json' >.cache/bench/transports.json
 
 dkms: ## make the Debian package that gives Debian 12's kernel VDUSE (kernel-config/dkms)
 	@scripts/dkms-deb

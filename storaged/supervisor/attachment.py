@@ -316,6 +316,13 @@ class Attachment:
 
     async def _rescue(self, timeout: float) -> None:
         """A server in the place of a dead one that fails all I/O: it needs the name, the queues and the log."""
+        if not self._known().binary:
+            raise StoragedError(
+                ErrorCode.ADOPTION_REFUSED, "the device cannot be taken away",
+                cause="its record is lost, and nothing serves it: what its server must be like is not known",
+                hint="its I/O waits until the host is rebooted; nothing else of the host is concerned",
+            )
+
         def work() -> launch.Started:
             return launch.launch_rescue(self._known(), self._site, self._environment)
 
@@ -381,7 +388,9 @@ class Attachment:
             await self._note(socket=None, served_by=None)
         await self.transport.prepare(self._site, record, timeout)
         options = self.transport.export(self._site, record)
-        if record.spec.options.get("cache") in ("writethrough", "directsync"):
+        # A virtual machine may connect to a successor and go on; no device can fail in its stead (see _note_losses).
+        unguarded = record.transport == "vhost-user" and record.spec.keeps_writes_in_memory
+        if unguarded or record.spec.options.get("cache") in ("writethrough", "directsync"):
             options["writethrough"] = True
         await session.add_export(options, timeout=timeout)
 

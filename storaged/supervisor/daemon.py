@@ -31,6 +31,8 @@ log = logging.getLogger("storaged")
 
 def run(layout: Layout, config_file: str | None) -> int:
     """Run the daemon until SIGTERM or SIGINT and return its exit status. Volumes stay attached."""
+    # Whatever the umask of who starts it: modes are said where directories and sockets are made.
+    os.umask(0o022)
     config = load_config(layout, config_file)
     group = _group(config)
     logging.basicConfig(

@@ -243,7 +243,7 @@ def test_a_flush_that_succeeds_after_qsd_died_has_lost_nothing(
             eventually(lambda: daemon.replaced("a", former), "replaced", timeout=60)
             if transport == "fuse" or format == "qcow2":
                 # It is told that something may be lost; a new device has what is there.
-                with pytest.raises(OSError, match="Input/output error|No such device"):
+                with pytest.raises(OSError, match=r"Input/output error|No such device"):
                     os.fsync(fd)
                 reads(str(daemon.show("a")["device"]), 0, 4096)
                 return

@@ -40,7 +40,7 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def throwaway(name: str) -> Iterator[Machine]:
+def throwaway(name: str, *, steady: bool = False) -> Iterator[Machine]:
     """Start a machine that lives as long as the block, and leave its logs in LAST."""
     runs = CACHE / "runs"
     runs.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def throwaway(name: str) -> Iterator[Machine]:
         if time.time() - old.stat().st_mtime > 600 and not Machine(name, old).alive():
             shutil.rmtree(old, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=runs, ignore_cleanup_errors=True) as directory:
-        machine = Machine(name, Path(directory))
+        machine = Machine(name, Path(directory), steady=steady)
         try:
             machine.start(stays=False)
             yield machine
@@ -170,11 +170,11 @@ def run(arguments: argparse.Namespace) -> int:
     # One word is a line for a shell, as with ssh; more are a command and its arguments.
     words = arguments.words
     line = words[0] if len(words) == 1 else shlex.join(words)
-    machine = running(arguments.machine)
+    machine = None if arguments.steady else running(arguments.machine)
     if machine is not None:
         with told(machine, machine.console):
             return perform(machine, ["/bin/bash", "-c", line], arguments)
-    with throwaway(arguments.machine) as machine, told(machine, LAST / "console.log"):
+    with throwaway(arguments.machine, steady=arguments.steady) as machine, told(machine, LAST / "console.log"):
         return perform(machine, ["/bin/bash", "-c", line], arguments)
 
 
@@ -251,6 +251,9 @@ def parse(words: list[str]) -> argparse.Namespace:
     one = commands.add_parser("run", help="run a command; without 'up' in a machine of its own")
     one.add_argument("-i", "--stdin", action="store_true", help="hand it our standard input")
     one.add_argument("-t", "--terminal", action="store_true", help="give it a terminal")
+    one.add_argument("--steady", action="store_true", help=(
+        "in a machine of its own whose clock counts instructions: the load of this one does not show in its figures"
+    ))
     one.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND", help="a line for bash, or words")
     one.set_defaults(function=run)
     tests = commands.add_parser("test", help="run pytest in a machine of its own (by default on tests/vm)")

@@ -12,10 +12,7 @@ from tests.harness import Daemon, eventually, image
 pytestmark = pytest.mark.timeout(400)
 
 
-@pytest.mark.parametrize("cache", [
-    pytest.param("writeback", marks=pytest.mark.xfail(strict=True, reason="the flush succeeds and the data is gone")),
-    "writethrough",
-])
+@pytest.mark.parametrize("cache", ["writeback", "writethrough"])
 def test_a_guest_is_told_when_writes_were_lost_with_qsd(daemon: Daemon, place: Path, cache: str) -> None:
     volume = daemon.attach(
         "a", image(place / "a", "qcow2", "256M"), format="qcow2", transport="vhost-user", options={"cache": cache}

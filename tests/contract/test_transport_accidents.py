@@ -1,0 +1,128 @@
+"""What every transport that gives a host device promises after an accident: no write is lost in silence."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from storaged.errors import ErrorCode
+from tests.contract.conftest import HERE
+from tests.harness import Daemon, error_of, eventually, image, leftovers, reads, writes
+
+PATTERN = b"reviewed" * 8192
+
+
+def test_a_snapshot_whose_qsd_died_is_usable_again(daemon: Daemon, place: Path, transport: str) -> None:
+    source = image(place / "a.raw", "raw")
+    daemon.device("a", source, transport=transport, snapshot=True)
+    former = daemon.kill_qsd("a")
+    eventually(lambda: daemon.replaced("a", former), "replaced", timeout=40)
+    writes(str(daemon.show("a")["device"]), 0, PATTERN)
+    daemon.detach("a", timeout=60)
+    assert source.read_bytes()[: len(PATTERN)] == bytes(len(PATTERN))
+
+
+def test_a_snapshot_that_waits_can_be_detached_by_force(daemon: Daemon, place: Path, transport: str) -> None:
+    device = daemon.device("a", image(place / "a.raw", "raw"), transport=transport, snapshot=True)
+    os.kill(daemon.qsd("a"), signal.SIGSTOP)
+    with subprocess.Popen(
+        ["dd", f"if={device}", "of=/dev/null", "bs=4k", "iflag=direct"], stderr=subprocess.DEVNULL
+    ) as reader:
+        eventually(lambda: " D " in Path(f"/proc/{reader.pid}/stat").read_text(), "the reader waits")
+        daemon.detach("a", force=True, timeout=45)
+        assert reader.wait(20) != 0
+    eventually(lambda: leftovers(daemon.root) == [], "nothing is left")
+
+
+def test_who_has_it_open_in_a_chroot_is_a_user(daemon: Daemon, place: Path, transport: str) -> None:
+    device = daemon.device("a", image(place / "a.raw", "raw"), transport=transport)
+    (place / "chroot/dev").mkdir(parents=True)
+    node = place / "chroot/dev/disk"
+    os.mknod(node, 0o600 | 0o060000, os.stat(device).st_rdev)
+    with open(node, "r+b") as file, subprocess.Popen(["sleep", "600"], stdin=file) as process:
+        error = error_of(lambda: daemon.detach("a"))
+        process.kill()
+        assert error.code is ErrorCode.DEVICE_IN_USE
+        assert any(f"process {process.pid}" in line for line in error.users), error.users
+    eventually(lambda: "a" not in daemon.names() or daemon.detach("a") == [], "free again")
+
+
+def test_the_longest_name(daemon: Daemon, place: Path, transport: str) -> None:
+    name = "a" + ".b-_" * 15 + "xy"
+    assert len(name) == 63
+    source = image(place / "a.raw", "raw")
+    device = daemon.device(name, source, transport=transport)
+    writes(device, 0, PATTERN)
+    assert os.path.realpath(daemon.layout.link(name)) == device
+    former = daemon.kill_qsd(name)
+    eventually(lambda: daemon.replaced(name, former), "replaced", timeout=40)
+    daemon.detach(name)
+    assert source.read_bytes()[: len(PATTERN)] == PATTERN
+
+
+@pytest.mark.parametrize("change", [-(1 << 20), 1 << 20])
+def test_a_source_that_has_another_size_does_not_go_on_below_its_old_device(
+    stopped: Daemon, place: Path, transport: str, change: int
+) -> None:
+    stopped.start()
+    source = image(place / "a.raw", "raw")
+    device = stopped.device("a", source, transport=transport)
+    former = stopped.qsd("a")
+    stopped.kill()
+    os.kill(former, signal.SIGKILL)
+    os.truncate(source, source.stat().st_size + change)
+    stopped.start()
+    if transport == "fuse":
+        eventually(lambda: stopped.replaced("a", former), "another device", timeout=40)
+    else:
+        eventually(lambda: stopped.show("a")["state"] not in ("starting", "recovering"), "settled", timeout=40)
+        seen = stopped.show("a")
+        assert seen["state"] == "failed", seen
+        assert "source-changed" in str(seen), seen
+        os.truncate(source, source.stat().st_size - change)
+        eventually(lambda: stopped.replaced("a", former), "it goes on", timeout=60)
+        assert stopped.show("a")["device"] == device
+    stopped.detach("a", timeout=60)
+
+
+FAULTS = {
+    "fuse": ("after export", "connect: made"),
+    "vduse": (
+        "before rescue", "after rescue", "after export", "before disconnect", "after disconnect", "after stop",
+        "connect: made",
+    ),
+    "nbd": ("before disconnect", "after disconnect", "connect: made", "after connect"),
+}
+
+
+@pytest.mark.parametrize(("transport", "fault"), [(name, fault) for name in HERE for fault in FAULTS[name]])
+def test_the_daemon_dies_while_it_ends_a_device_that_lost_writes(
+    stopped: Daemon, place: Path, transport: str, fault: str
+) -> None:
+    stopped.start()
+    device = stopped.device("a", image(place / "a", "qcow2"), format="qcow2", transport=transport)
+    former = stopped.qsd("a")
+    fd = os.open(device, os.O_RDWR | os.O_DIRECT)
+    try:
+        with mmap.mmap(-1, 4096) as buffer:
+            buffer[:] = b"x" * 4096
+            os.pwritev(fd, [buffer], 8 << 20)
+        stopped.kill()
+        os.kill(former, signal.SIGKILL)
+        stopped.start(fault=fault, wait=False)
+        stopped.wait_dead()
+        stopped.start()
+        eventually(lambda: stopped.replaced("a", former), "replaced", timeout=60)
+        with pytest.raises(OSError, match="error"):
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+    writes(str(stopped.show("a")["device"]), 0, PATTERN)
+    assert reads(str(stopped.show("a")["device"]), 0, len(PATTERN)) == PATTERN
+    stopped.detach("a", timeout=60)
+    eventually(lambda: leftovers(stopped.root) == [], f"nothing is left; there is {leftovers(stopped.root)}")
