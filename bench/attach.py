@@ -16,11 +16,7 @@ import contextlib
 import functools
 import json
 import os
-import platform
-import select
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,12 +25,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from storaged.api.client import Client
-from storaged.model.layout import Layout
-from storaged.qsd.version import loop_direct_io_is_safe, parse_version
+from common import QSD, STORAGED, Daemon, end, fio, machine, middle, run, timed
 
-STORAGED = str(Path(sys.executable).with_name("storaged"))
-QSD = "qemu-storage-daemon"
+from storaged.qsd.version import loop_direct_io_is_safe, parse_version
 
 
 @dataclass
@@ -53,36 +46,15 @@ class Bench:
 
     def __init__(self, place: Path, count: int) -> None:
         self.place = place
-        # Below /run, a tmpfs, where the real one has its directory too.
-        self.root = Path(tempfile.mkdtemp(prefix="storaged-bench-", dir="/run"))
-        self.layout = Layout.below(str(self.root))
         self.images = [place / f"{number}.qcow2" for number in range(count)]
         for image in self.images:
             run("qemu-img", "create", "-q", "-f", "qcow2", image, "1G")
-        self.daemon = subprocess.Popen(
-            [STORAGED, "--root", str(self.root), "daemon"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        deadline = time.monotonic() + 20
-        while True:
-            with contextlib.suppress(Exception), Client(self.layout.socket) as client:
-                client.call("List", {}, 5)
-                return
-            if time.monotonic() > deadline:
-                raise SystemExit("the daemon does not start")
-            time.sleep(0.05)
-
-    def close(self) -> None:
-        """Take all away."""
-        for volume in self.call("List")["volumes"]:
-            self.call("Detach", name=volume["name"], force=True)
-        self.daemon.terminate()
-        self.daemon.wait()
-        shutil.rmtree(self.root)
+        self.daemon = Daemon()
+        self.root = self.daemon.root
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """One call on a connection of its own."""
-        with Client(self.layout.socket) as client:
-            return client.call(method, parameters, 120)
+        return self.daemon.call(method, parameters)
 
     def attach(self, number: int) -> str:
         """Attach image ``number`` through the API."""
@@ -118,34 +90,7 @@ class Bench:
     def detach_by_hand(self, number: int, device: str) -> None:
         """losetup, kill, and wait until it is gone."""
         run("losetup", "--detach", device)
-        pid = int((self.place / f"hand{number}.pid").read_text())
-        pidfd = os.pidfd_open(pid)
-        os.kill(pid, 15)
-        wait_for(pidfd)
-
-
-def wait_for(pidfd: int) -> None:
-    """Wait for the end of a process and close its pidfd."""
-    select.select([pidfd], [], [], 30)
-    os.close(pidfd)
-
-
-def run(*command: object) -> str:
-    """Run a program and return what it prints."""
-    return subprocess.run([str(word) for word in command], check=True, stdout=subprocess.PIPE, text=True).stdout
-
-
-def timed(work: Callable[[], object]) -> float:
-    """Milliseconds."""
-    begin = time.perf_counter()
-    work()
-    return (time.perf_counter() - begin) * 1000
-
-
-def middle(values: list[float]) -> str:
-    """Median and the range of the middle half."""
-    low, median, high = statistics.quantiles(values, n=4)
-    return f"{median:.1f} ({low:.1f} to {high:.1f})"
+        end(int((self.place / f"hand{number}.pid").read_text()))
 
 
 def by_hand(bench: Bench, devices: list[str]) -> None:
@@ -237,10 +182,10 @@ def idle(bench: Bench, seconds: float) -> list[Row]:
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         list(pool.map(bench.attach, range(len(bench.images))))
     time.sleep(5)
-    begin, begin_at = processor(bench.daemon.pid), time.monotonic()
+    begin, begin_at = processor(bench.daemon.process.pid), time.monotonic()
     time.sleep(seconds)
-    used = (processor(bench.daemon.pid) - begin) / (time.monotonic() - begin_at) * 100
-    status = Path(f"/proc/{bench.daemon.pid}/status").read_text()
+    used = (processor(bench.daemon.process.pid) - begin) / (time.monotonic() - begin_at) * 100
+    status = Path(f"/proc/{bench.daemon.process.pid}/status").read_text()
     memory = int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))) / 1024
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         list(pool.map(bench.detach, range(len(bench.images))))
@@ -258,22 +203,11 @@ def processor(pid: int) -> float:
 
 
 JOBS = {
-    "4k random read, QD 32, IOPS": (["--rw=randread", "--bs=4k", "--iodepth=32"], "read", "iops"),
-    "4k random write, QD 32, IOPS": (["--rw=randwrite", "--bs=4k", "--iodepth=32"], "write", "iops"),
-    "1M linear read, QD 4, MB/s": (["--rw=read", "--bs=1M", "--iodepth=4"], "read", "bw"),
-    "1M linear write, QD 4, MB/s": (["--rw=write", "--bs=1M", "--iodepth=4"], "write", "bw"),
+    "4k random read, QD 32, IOPS": ["--rw=randread", "--bs=4k", "--iodepth=32"],
+    "4k random write, QD 32, IOPS": ["--rw=randwrite", "--bs=4k", "--iodepth=32"],
+    "1M linear read, QD 4, MB/s": ["--rw=read", "--bs=1M", "--iodepth=4"],
+    "1M linear write, QD 4, MB/s": ["--rw=write", "--bs=1M", "--iodepth=4"],
 }
-
-
-def fio(device: str, words: list[str], runtime: float) -> dict[str, Any]:
-    """Run one job for ``runtime`` seconds, with nothing waiting to be written back, and return its figures."""
-    os.sync()
-    output = run(
-        "fio", "--name=x", f"--filename={device}", "--direct=1", "--ioengine=libaio", "--size=512M", "--time_based",
-        f"--runtime={runtime}", "--ramp_time=0.5", "--output-format=json", *words,
-    )
-    figures: dict[str, Any] = json.loads(output)["jobs"][0]
-    return figures
 
 
 def throughput(bench: Bench, repeats: int, runtime: float) -> list[Row]:
@@ -290,11 +224,10 @@ def throughput(bench: Bench, repeats: int, runtime: float) -> list[Row]:
         order = sorted(devices, reverse=turn % 2 == 0)
         for who in order:
             # Both get several times as fast in their first seconds; that is not what is compared.
-            fio(devices[who], ["--rw=read", "--bs=1M", "--iodepth=4"], 2 * runtime)
-        for what, (words, way, key) in JOBS.items():
+            fio(devices[who], ["--direct=1", "--rw=read", "--bs=1M", "--iodepth=4"], 2 * runtime, "512M")
+        for what, words in JOBS.items():
             for who in order:
-                value = float(fio(devices[who], words, runtime)[way][key])
-                figures[what][who].append(value / 1000 if key == "bw" else value)
+                figures[what][who].append(fio(devices[who], ["--direct=1", *words], runtime, "512M"))
         bench.detach(0)
         bench.detach_by_hand(1, devices["hand"])
     rows = []
@@ -319,20 +252,7 @@ def workshop(count: int) -> Iterator[Bench]:
         try:
             yield bench
         finally:
-            bench.close()
-
-
-def machine() -> dict[str, str]:
-    """What this ran on."""
-    processors = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":")[1].strip() for line in processors if line.startswith("model name")), "?")
-    memory = Path("/proc/meminfo").read_text().split()[1]
-    return {
-        "processor": f"{os.cpu_count()} x {model}", "memory": f"{int(memory) >> 20} GiB",
-        "kernel": platform.release(), "python": platform.python_version(),
-        "qemu-storage-daemon": run(QSD, "--version").splitlines()[0].removeprefix("qemu-storage-daemon version "),
-        "fio": run("fio", "--version").strip(), "date": time.strftime("%Y-%m-%d"),
-    }
+            bench.daemon.close()
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""VDUSE and NBD when something goes wrong that no other transport knows: names, numbers and waits that the host shares."""
+"""VDUSE and NBD when something goes wrong with names, numbers and waits that all of the host share."""
 
 from __future__ import annotations
 
