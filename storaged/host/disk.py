@@ -6,7 +6,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from storaged.errors import ErrorCode, StoragedError
@@ -14,9 +14,8 @@ from storaged.host.users import device_users, only_probes
 
 #: udev looks at a new or changed device for a moment: that is not a user, wait for it to go (seconds). On a
 #: busy host it takes longer; then it is known by its name.
-PROBE_PATIENCE = 1.0
+PROBE_PATIENCE = 2.0
 _UDEV_PATIENCE = 15.0
-PROBE_STEP = 0.005
 
 
 @dataclass(frozen=True)
@@ -74,14 +73,16 @@ def partitions(path: str) -> dict[int, str]:
     return found
 
 
-def open_alone(path: str, is_there: Callable[[], bool], *, read_only: bool, deadline: float) -> int | None:
+def open_alone(path: str, is_there: Callable[[], bool], *, deadline: float) -> int | None:
     """Return an O_EXCL descriptor: while it is held, nobody can mount or claim the device. None: it is gone.
 
     Raises DEVICE_IN_USE, at ``deadline`` (monotonic) at the latest where nobody can be named.
     """
+    pauses = pauses_for_probes()
     while is_there():
         try:
-            return os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_EXCL | os.O_CLOEXEC)
+            # Not for writing: the close would make udev look at it once more. fsync does without.
+            return os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -92,8 +93,16 @@ def open_alone(path: str, is_there: Callable[[], bool], *, read_only: bool, dead
         users = device_users(path)
         if (users and not only_probes(users)) or not patience_is_left(users, deadline):
             raise in_use(path, users)
-        time.sleep(PROBE_STEP)
+        time.sleep(next(pauses))
     return None
+
+
+def pauses_for_probes() -> Iterator[float]:
+    """Yield how long (seconds) to wait before each next try: a probe is short, but may have to wait for a processor."""
+    pause = 0.005
+    while True:
+        yield pause
+        pause = min(2 * pause, 0.3)
 
 
 def patience_is_left(users: list[str], deadline: float) -> bool:
@@ -145,14 +154,15 @@ def remove_unused(
     after ``given_up`` was set the device is left as it is.
     """
     deadline = time.monotonic() + PROBE_PATIENCE
-    fd = open_alone(path, is_there, read_only=read_only, deadline=deadline)
+    fd = open_alone(path, is_there, deadline=deadline)
     if fd is None:
         return
+    pauses = pauses_for_probes()
     try:
         while users := device_users(path):
             if not patience_is_left(users, deadline):
                 raise in_use(path, users)
-            time.sleep(PROBE_STEP)
+            time.sleep(next(pauses))
         if not read_only:
             flush(fd, path)
         if not given_up.is_set():

@@ -145,10 +145,10 @@ def release(device: Disk, *, read_only: bool, given_up: threading.Event) -> None
     FLUSH_FAILED when what was written cannot be brought to the image. No error when it is gone already. A flush may
     hang; when it ends after ``given_up`` was set, the device is left as it is.
     """
-    deadline = time.monotonic() + disk.PROBE_PATIENCE
+    deadline, pauses = time.monotonic() + disk.PROBE_PATIENCE, disk.pauses_for_probes()
     while True:
         fd = disk.open_alone(
-            device.path, lambda: is_bound(device), read_only=read_only, deadline=deadline
+            device.path, lambda: is_bound(device), deadline=deadline
         )
         if fd is None:
             return
@@ -171,7 +171,7 @@ def release(device: Disk, *, read_only: bool, given_up: threading.Event) -> None
         _clear_autoclear(device)
         if time.monotonic() >= deadline and not disk.patience_is_left(users := device_users(device.path), deadline):
             raise disk.in_use(device.path, users)
-        time.sleep(disk.PROBE_STEP)
+        time.sleep(next(pauses))
 
 
 def release_by_force(device: Disk) -> list[str]:

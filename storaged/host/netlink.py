@@ -17,6 +17,8 @@ from pyroute2.netlink.generic import GenericNetlinkSocket
 from storaged.errors import ErrorCode, StoragedError
 
 Attributes = Sequence[tuple[str, Any]]
+#: Families that this process can speak to. When one goes with its module, :func:`request` says so.
+_seen: set[str] = set()
 
 
 class Message(genlmsg):
@@ -40,7 +42,9 @@ _Socket.async_class = _NoComplaints
 
 
 def has_family(family: str) -> bool:
-    """Whether the kernel has a generic netlink family of that name."""
+    """Whether the kernel has a generic netlink family of that name. One that was seen is not looked for again."""
+    if family in _seen:
+        return True
     with _Socket() as socket:
         try:
             socket.bind(family, Message)
@@ -48,6 +52,7 @@ def has_family(family: str) -> bool:
             if error.code == errno.ENOENT:
                 return False
             raise OSError(error.code, error.args[-1]) from error
+    _seen.add(family)
     return True
 
 

@@ -175,6 +175,8 @@ class VduseTransport(HostDevice):
                     )
                 time.sleep(_STEP)
             vduse.set_limit(name, "msg_timeout", record.settings["msg-timeout"])
+            with contextlib.suppress(OSError):  # only slower with one: what is below the image has its own
+                disk.set_attribute(found.path, "queue/scheduler", "none")
             return Connected(found.path, found.diskseq)
 
         return await site.blocking("set up the vDPA device", timeout, work)

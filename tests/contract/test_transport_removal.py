@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from storaged.errors import ErrorCode
+from storaged.host.loop import find_by_backing
 from tests.contract.conftest import IN_MACHINE
 from tests.harness import Daemon, error_of, eventually, image, leftovers, mounted, reads, run, writes
 
@@ -93,6 +94,7 @@ def test_detach_by_force_ends_a_mounted_disk_and_keeps_what_was_flushed(
     run("fsck.ext4", "-fy", source, check=False)
     with mounted(str(source), place / "mnt", "-o", "ro,loop") as directory:
         assert (directory / "file").read_bytes() == PATTERN
+    eventually(lambda: find_by_backing(str(source)) == [], "the loop device of that mount is gone")
     assert daemon.device("a", source, transport=transport)
 
 

@@ -50,7 +50,6 @@ def users(monkeypatch: pytest.MonkeyPatch) -> Users:
     found = Users()
     monkeypatch.setattr(disk, "device_users", found)
     monkeypatch.setattr(disk, "PROBE_PATIENCE", 0.05)
-    monkeypatch.setattr(disk, "PROBE_STEP", 0.001)
     return found
 
 

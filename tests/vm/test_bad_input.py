@@ -347,7 +347,7 @@ def test_nbd_devices_do_not_run_out_when_those_made_beforehand_are_taken(daemon:
         run("modprobe", "nbd", "nbds_max=1")
         assert Path("/dev/nbd0").exists()
         devices = [daemon.device(name, image(place / name, "raw"), transport="nbd") for name in ("b", "c")]
-        assert devices == ["/dev/nbd0", "/dev/nbd1"]
+        assert len(set(devices)) == 2
         daemon.forget_all()
 
 
