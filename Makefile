@@ -51,8 +51,9 @@ bench-attach: setup ## how long attach and detach take (root)
 
 bench-vm: setup ## VDUSE and NBD against the same by hand, in the test machine (root, 15 minutes)
 	@mkdir -p .cache/bench
-	@scripts/vm run 'python bench/attach_vm.py --json /run/bench.json >&2 && cat /run/bench.json' >.cache/bench/attach.json
-	@scripts/vm run 'python bench/transports.py --json /run/bench.json >&2 && cat /run/bench.json' >.cache/bench/transports.json
+	@scripts/vm run 'python bench/attach_vm.py --json /run/json >&2 && cat /run/json' >.cache/bench/attach.json
+	@scripts/vm run --steady 'python bench/transports.py --json /run/json >&2 && cat /run/json' \
+		>.cache/bench/transports.json
 
 dkms: ## make the Debian package that gives Debian 12's kernel VDUSE (kernel-config/dkms)
 	@scripts/dkms-deb

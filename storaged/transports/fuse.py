@@ -51,11 +51,14 @@ class FuseTransport(HostDevice):
         for path in _NODES:
             try:
                 os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+                problem = "" if _is_device(path) else "it is no device"
             except OSError as error:
+                problem = error.strerror or str(error)
+            if problem:
                 raise StoragedError(
-                    ErrorCode.TRANSPORT_UNAVAILABLE, "this host cannot do FUSE and loop",
-                    cause=f"{path}: {error.strerror}", hint="storaged doctor says what is missing",
-                ) from error
+                    ErrorCode.TRANSPORT_UNAVAILABLE, "this host cannot do FUSE and loop", cause=f"{path}: {problem}",
+                    hint="storaged doctor says what is missing",
+                )
 
     def export(self, site: Site, record: Record) -> dict[str, Any]:
         """BlockExportOptionsFuse. Only root may look into it, and it never grows by a write."""

@@ -35,7 +35,8 @@ _DEAD_TIMEOUT = Number("seconds that requests wait for a new QSD", 1, 365 * 8640
 
 #: In milliseconds: how often the kernel looks whether a request's connection is dead.
 _LOOK_EVERY = 500
-_MAX_SECTORS_KB = 4096
+#: Larger requests gain nothing, smaller ones cost much (docs/benchmarks.md).
+_MAX_SECTORS_KB = 1024
 _SOCKET = "nbd.sock"
 _FORCED_FLUSH = 5.0
 #: Seconds that QSD may take for a handshake: it is on this host, and asks no storage.
@@ -248,9 +249,11 @@ def _timeouts(record: Record) -> nbd.Timeouts:
 
 
 def _tune(path: str, record: Record) -> None:
-    with contextlib.suppress(OSError):  # only slower without it
-        largest = int(disk.attribute(path, "queue/max_hw_sectors_kb") or _MAX_SECTORS_KB)
-        disk.set_attribute(path, "queue/max_sectors_kb", min(largest, _MAX_SECTORS_KB))
+    # Newer kernels begin with 1280. Writing freezes the queue, which takes longer than to connect.
+    if int(disk.attribute(path, "queue/max_sectors_kb") or _MAX_SECTORS_KB) < _MAX_SECTORS_KB:
+        with contextlib.suppress(OSError):  # only slower without it
+            largest = int(disk.attribute(path, "queue/max_hw_sectors_kb") or _MAX_SECTORS_KB)
+            disk.set_attribute(path, "queue/max_sectors_kb", min(largest, _MAX_SECTORS_KB))
     if record.settings["timeout"] == 0:
         disk.set_attribute(path, "queue/io_timeout", _LOOK_EVERY)
 

@@ -175,8 +175,10 @@ class VduseTransport(HostDevice):
                     )
                 time.sleep(_STEP)
             vduse.set_limit(name, "msg_timeout", record.settings["msg-timeout"])
-            with contextlib.suppress(OSError):  # only slower with one: what is below the image has its own
-                disk.set_attribute(found.path, "queue/scheduler", "none")
+            if "[none]" not in (disk.attribute(found.path, "queue/scheduler") or "[none]"):
+                # What is below the image has its own. Writing freezes the queue, which takes longer than all the rest.
+                with contextlib.suppress(OSError):  # only slower with one
+                    disk.set_attribute(found.path, "queue/scheduler", "none")
             return Connected(found.path, found.diskseq)
 
         return await site.blocking("set up the vDPA device", timeout, work)

@@ -26,7 +26,10 @@ def test_a_qsd_that_dies_at_its_start_is_said_with_its_last_words(
     stopped: Daemon, place: Path, script: str
 ) -> None:
     binary = place / "qsd"
-    binary.write_text(f"#!/bin/sh\n{script}\n")
+    # What it is it tells; then it dies.
+    binary.write_text(
+        f"#!/bin/sh\ncase $1 in --version|--help) exec qemu-storage-daemon $1;; esac\n{script}\n"
+    )
     binary.chmod(0o755)
     with_config(stopped, f'[qsd]\nbinary = "{binary}"\n')
     stopped.start()
