@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from storaged.errors import ErrorCode, StoragedError
+from storaged.host.process import identify
 from tests.harness import Daemon, error_of, eventually, image, leftovers, luks_image, mounted, reads, run, writes
 
 PATTERN = b"reviewed" * 8192
@@ -68,7 +69,7 @@ def test_a_device_that_another_daemon_has_made_since_is_left_alone(
         Path("/sys/bus/vdpa/drivers/virtio_vdpa/unbind").write_text("storaged.a")
         run("python3", "-c", "from storaged.host import vdpa; vdpa.delete('storaged.a')", check=False)
     os.kill(former, signal.SIGKILL)
-    eventually(lambda: not Path(f"/proc/{former}").exists() or " Z " in Path(f"/proc/{former}/stat").read_text(), "x")
+    eventually(lambda: identify(former) is None, "it is dead")
     if transport == "vduse":
         run("python3", "-c", "from storaged.host import vduse; vduse.destroy('storaged.a')", check=False)
     second.start()
