@@ -389,9 +389,7 @@ class Attachment:
             await self._note(socket=None, served_by=None)
         await self.transport.prepare(self._site, record, timeout)
         options = self.transport.export(self._site, record)
-        # A virtual machine may connect to a successor and go on; no device can fail in its stead (see _note_losses).
-        unguarded = record.transport == "vhost-user" and record.spec.keeps_writes_in_memory
-        if unguarded or record.spec.options.get("cache") in ("writethrough", "directsync"):
+        if record.spec.options.get("cache") in ("writethrough", "directsync"):
             options["writethrough"] = True
         await session.add_export(options, timeout=timeout)
 

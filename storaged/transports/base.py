@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -144,6 +144,13 @@ class Transport(Protocol):
         """Return the device's partitions by number."""
 
 
+#: Seconds that a forced detach waits for written data to reach the image.
+_FORCED_FLUSH = 5.0
+#: The I/O thread of an export, and the QMP command that makes it.
+IOTHREAD = "io"
+ADD_IOTHREAD: tuple[str, dict[str, Any]] = ("object-add", {"qom-type": "iothread", "id": IOTHREAD})
+
+
 class HostDevice:
     """What transports have in common that give a disk of the host; where one differs, it says so."""
 
@@ -169,6 +176,18 @@ class HostDevice:
 
     async def reconnect(self, site: Site, record: Record, timeout: float) -> None:
         """Its device is never left waiting, or needs nothing."""
+
+    async def flush_before_force(
+        self, site: Site, path: str, is_there: Callable[[], bool], timeout: float
+    ) -> list[str]:
+        """Flush what can be flushed in a few seconds; return what to tell the user where it could not."""
+        try:
+            await site.blocking(
+                "flush the device", min(timeout, _FORCED_FLUSH), disk.flush_path, path, is_there
+            )
+        except Exception as error:  # whatever it is, the device goes away; the user is told
+            return [f"not all that was written could be flushed: {error}"]
+        return []
 
     def partitions(self, record: Record) -> dict[int, str]:
         """As the kernel sees them."""

@@ -22,10 +22,6 @@ from storaged.qsd.version import Build, loop_direct_io_is_safe, parse_version
 from storaged.transports.base import Availability, Connected, HostDevice, Seen, Site
 from storaged.transports.needs import lacking, load_modules
 
-#: How long a forced detach waits for written data to reach the image (seconds).
-_FORCED_FLUSH = 5.0
-
-
 _NODES = ("/dev/fuse", "/dev/loop-control")
 
 
@@ -135,15 +131,9 @@ class FuseTransport(HostDevice):
         device = self._loop(record)
         if device is None:
             return []
-        notes = []
+        notes: list[str] = []
         if flush and not record.spec.read_only:
-            try:
-                await site.blocking(
-                    "flush the device", min(timeout, _FORCED_FLUSH), disk.flush_path, device.path,
-                    lambda: loop.is_bound(device),
-                )
-            except Exception as error:  # whatever it is, the device goes away; the user is told
-                notes.append(f"not all that was written could be flushed: {error}")
+            notes = await self.flush_before_force(site, device.path, lambda: loop.is_bound(device), timeout)
         users = await site.blocking("take the loop device away", timeout, loop.release_by_force, device)
         return notes + _stays(device, users)
 

@@ -25,7 +25,7 @@ from storaged.model.plan import Device
 from storaged.model.record import Record
 from storaged.model.spec import VolumeSpec
 from storaged.qsd.version import Build
-from storaged.transports.base import Availability, Connected, HostDevice, Seen, Site
+from storaged.transports.base import ADD_IOTHREAD, IOTHREAD, Availability, Connected, HostDevice, Seen, Site
 from storaged.transports.needs import check_family, lacking, load_modules
 from storaged.transports.options import Number, number
 
@@ -38,7 +38,6 @@ _LOOK_EVERY = 500
 #: Larger requests gain nothing, smaller ones cost much (docs/benchmarks.md).
 _MAX_SECTORS_KB = 1024
 _SOCKET = "nbd.sock"
-_FORCED_FLUSH = 5.0
 #: Seconds that QSD may take for a handshake: it is on this host, and asks no storage.
 _HANDSHAKE_PATIENCE = 10.0
 
@@ -101,7 +100,7 @@ class NbdTransport(HostDevice):
     def setup(self, site: Site, record: Record) -> list[tuple[str, dict[str, Any]]]:
         """The server, in the volume's directory (QSD's working directory: its path may be too long), and a thread."""
         server = {"addr": {"type": "unix", "data": {"path": _SOCKET}}}
-        threads = [("object-add", {"qom-type": "iothread", "id": "io"})] if record.settings["iothread"] else []
+        threads = [ADD_IOTHREAD] if record.settings["iothread"] else []
         return [*threads, ("nbd-server-start", server)]
 
     def export(self, site: Site, record: Record) -> dict[str, Any]:
@@ -111,7 +110,7 @@ class NbdTransport(HostDevice):
             "writable": not record.spec.read_only,
         }
         if record.settings["iothread"]:
-            options["iothread"] = "io"
+            options["iothread"] = IOTHREAD
         return options
 
     async def prepare(self, site: Site, record: Record, timeout: float) -> None:
@@ -198,18 +197,13 @@ class NbdTransport(HostDevice):
         self, site: Site, record: Record, timeout: float, *, flush: bool
     ) -> list[str]:
         """Flush for a few seconds if there is a server, then end all requests and the connection."""
-        path, notes = record.device, []
+        path = record.device
         if path is None:
             return []
+        notes: list[str] = []
         served = record.served_by is not None and record.served_by == record.process
         if flush and served and not record.spec.read_only:
-            try:
-                await site.blocking(
-                    "flush the device", min(timeout, _FORCED_FLUSH), disk.flush_path, path,
-                    lambda: nbd.backend(path) == site.bus_name,
-                )
-            except Exception as error:  # whatever it is, the device goes away; the user is told
-                notes.append(f"not all that was written could be flushed: {error}")
+            notes = await self.flush_before_force(site, path, lambda: nbd.backend(path) == site.bus_name, timeout)
         await site.blocking("take the NBD device away", timeout, nbd.disconnect, path, site.bus_name)
         users = await site.blocking("see the NBD device go", timeout, nbd.users_that_keep, path, site.bus_name)
         return notes + [f"{path} fails all I/O and stays until its last user is gone: {user}" for user in users]

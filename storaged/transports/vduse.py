@@ -20,7 +20,7 @@ from storaged.model.plan import Device
 from storaged.model.record import Record
 from storaged.model.spec import VolumeSpec
 from storaged.qsd.version import Build
-from storaged.transports.base import Availability, Connected, HostDevice, Seen, Site
+from storaged.transports.base import ADD_IOTHREAD, IOTHREAD, Availability, Connected, HostDevice, Seen, Site
 from storaged.transports.needs import check_family, lacking, load_modules
 from storaged.transports.options import Number, number
 
@@ -38,7 +38,6 @@ _SETUP_MSG_TIMEOUT = 10
 _STEP = 0.01
 #: Seconds that requests may take to end when the disk is taken away by force; then its server is replaced.
 _FORCED_PATIENCE = 5.0
-_FORCED_FLUSH = 5.0
 
 
 class VduseTransport(HostDevice):
@@ -103,12 +102,12 @@ class VduseTransport(HostDevice):
 
     def setup(self, site: Site, record: Record) -> list[tuple[str, dict[str, Any]]]:
         """A thread for the I/O, so that QMP answers whatever the storage does."""
-        return [("object-add", {"qom-type": "iothread", "id": "io"})]
+        return [ADD_IOTHREAD]
 
     def export(self, site: Site, record: Record) -> dict[str, Any]:
         """BlockExportOptionsVduseBlk."""
         options: dict[str, Any] = {
-            "type": "vduse-blk", "id": EXPORT, "node-name": DISK, "name": site.bus_name, "iothread": "io",
+            "type": "vduse-blk", "id": EXPORT, "node-name": DISK, "name": site.bus_name, "iothread": IOTHREAD,
             "writable": not record.spec.read_only, "num-queues": record.settings["queues"],
             "queue-size": record.settings["queue-size"], "logical-block-size": record.spec.logical_block_size,
         }
@@ -202,16 +201,10 @@ class VduseTransport(HostDevice):
         self, site: Site, record: Record, timeout: float, *, flush: bool
     ) -> list[str]:
         """Flush for a few seconds, then unbind it whoever uses it."""
-        notes = []
+        notes: list[str] = []
         path = record.device
         if flush and path is not None and not record.spec.read_only:
-            try:
-                await site.blocking(
-                    "flush the device", min(timeout, _FORCED_FLUSH), disk.flush_path, path,
-                    lambda: _is_ours(site, record),
-                )
-            except Exception as error:  # whatever it is, the device goes away; the user is told
-                notes.append(f"not all that was written could be flushed: {error}")
+            notes = await self.flush_before_force(site, path, lambda: _is_ours(site, record), timeout)
         await site.blocking(
             "take the disk away", timeout, _remove, site.bus_name, min(timeout, _FORCED_PATIENCE)
         )

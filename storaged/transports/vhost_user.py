@@ -23,7 +23,7 @@ from storaged.model.plan import Device
 from storaged.model.record import Record
 from storaged.model.spec import VolumeSpec
 from storaged.qsd.version import Build
-from storaged.transports.base import Availability, Connected, Seen, Site
+from storaged.transports.base import ADD_IOTHREAD, IOTHREAD, Availability, Connected, Seen, Site
 from storaged.transports.options import Number, number
 
 _QUEUES = Number("virtqueues", 1, 256)
@@ -81,15 +81,19 @@ class VhostUserTransport:
 
     def setup(self, site: Site, record: Record) -> list[tuple[str, dict[str, Any]]]:
         """A thread for the I/O."""
-        return [("object-add", {"qom-type": "iothread", "id": "io"})]
+        return [ADD_IOTHREAD]
 
     def export(self, site: Site, record: Record) -> dict[str, Any]:
         """BlockExportOptionsVhostUserBlk."""
-        return {
-            "type": "vhost-user-blk", "id": EXPORT, "node-name": DISK, "iothread": "io",
+        options: dict[str, Any] = {
+            "type": "vhost-user-blk", "id": EXPORT, "node-name": DISK, "iothread": IOTHREAD,
             "addr": {"type": "unix", "path": self.socket(site)}, "writable": not record.spec.read_only,
             "num-queues": record.settings["queues"], "logical-block-size": record.spec.logical_block_size,
         }
+        if record.spec.keeps_writes_in_memory:
+            # A virtual machine may connect to a successor and go on; no device can fail in its stead.
+            options["writethrough"] = True
+        return options
 
     async def prepare(self, site: Site, record: Record, timeout: float) -> None:
         """A socket of a dead QSD is in the way of the next one."""
