@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import struct
+import time
 
 _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20
@@ -21,14 +22,30 @@ _ENTRY = struct.Struct("=BBBBIII")
 _ATTRIBUTE = struct.Struct("=HH")
 #: Tables of the sockets of other families that a server may have; the inode is in the column that is named.
 _TABLES = (("tcp", 9), ("tcp6", 9), ("udp", 9), ("udp6", 9), ("netlink", 9), ("packet", 8))
+#: Seconds that a connection may be nobody's: a process that dies loses its descriptors before they are closed.
+_ENDING = 2.0
+_STEP = 0.02
+_UNKNOWN = "a process that cannot be told"
+_ELSEWHERE = "a process in another network namespace"
 
 
 def clients_of(path: str, server: int) -> list[str]:
     """Return a line for each connection to the socket at exactly this path: who has it, as far as can be told.
 
     Those that wait to be accepted count. ``server`` is the process that listens: what it is connected to in another
-    network namespace (a container's) is seen by its descriptors alone. Blocks shortly. Raises OSError.
+    network namespace (a container's) is seen by its descriptors alone. One whose client is gone does not count, though
+    the server may not have noticed. Blocks shortly. Raises OSError.
     """
+    deadline, pause = time.monotonic() + _ENDING, _STEP
+    while True:
+        users = _clients_now(path, server)
+        if not {_UNKNOWN, _ELSEWHERE} & set(users) or time.monotonic() >= deadline:
+            return users
+        time.sleep(pause)  # nothing tells when
+        pause *= 2
+
+
+def _clients_now(path: str, server: int) -> list[str]:
     known, peers = _look(path)
     strangers = _socket_inodes(server) - known
     if strangers:
@@ -38,14 +55,14 @@ def clients_of(path: str, server: int) -> list[str]:
         return []
     users = []
     for inode in peers:
-        users += (_holders(inode) if inode else _that_name(path)) or ["a process that cannot be told"]
+        users += (_holders(inode) if inode else _that_name(path)) or [_UNKNOWN]
     if strangers:
-        users += _that_name(path) or ["a process in another network namespace"]
+        users += _that_name(path) or [_ELSEWHERE]
     return list(dict.fromkeys(users))
 
 
 def _look(path: str) -> tuple[set[int], list[int]]:
-    """Return the inodes of all unix sockets, and those of the peers of the connections to a path (0: not known)."""
+    """Return the inodes of all unix sockets, and those of the peers of the connections to a path (0: not told)."""
     try:
         return _ask(path)
     except OSError:
@@ -89,7 +106,8 @@ def _ask(path: str) -> tuple[set[int], list[int]]:
                 if attributes.get(_NAME, b"").rstrip(b"\0") == os.fsencode(path):
                     # An end that was accepted has the name of the socket that listens, which has the others.
                     found = attributes.get(_PEER, b"") + attributes.get(_WAITING, b"")
-                    peers += struct.unpack(f"={len(found) // 4}I", found)
+                    # 0: the other end is closed already (sk_diag_dump_peer in net/unix/diag.c).
+                    peers += filter(None, struct.unpack(f"={len(found) // 4}I", found))
 
 
 def _attributes(data: bytes) -> dict[int, bytes]:

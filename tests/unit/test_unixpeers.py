@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,6 +71,28 @@ def test_a_client_is_named_before_and_after_it_is_accepted_and_no_more_when_it_i
         with listener.accept()[0]:
             assert clients_of(path, OURSELVES) == [line], "accepted"
     assert clients_of(path, OURSELVES) == []
+
+
+def test_a_client_that_is_gone_does_not_count_though_the_server_has_not_noticed(
+    path: str, listener: socket.socket
+) -> None:
+    with client(path):
+        accepted = listener.accept()[0]
+    with accepted:
+        assert clients_of(path, OURSELVES) == [], "accepted"
+    with client(path):
+        pass
+    assert clients_of(path, OURSELVES) == [], "in the backlog"
+
+
+def test_a_client_that_is_about_to_go_is_waited_for(
+    path: str, listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a process that dies: its descriptors are gone from /proc before its sockets are closed."""
+    monkeypatch.setattr(unixpeers, "_holders", lambda _inode: [])
+    with client(path) as pid:
+        threading.Timer(0.3, os.kill, (pid, signal.SIGKILL)).start()
+        assert clients_of(path, OURSELVES) == []
 
 
 def test_without_sock_diag_a_client_counts_all_the_same(
