@@ -23,10 +23,41 @@ class Failure:
 
 
 @dataclasses.dataclass
+class Condition:
+    """What keeps the I/O of a volume waiting, since when, and what policy will do about it.
+
+    acts_at is null where nothing will be done by itself.
+    """
+
+    trouble: str
+    since: float
+    detail: str
+    policy: str
+    acts_at: float | None
+
+
+@dataclasses.dataclass
+class HistoryEntry:
+    """Something that happened to a volume: first at time, last at last, so many times in a row.
+
+    seconds is how long it lasted (of several the longest): the pause of a recovery, the time of a hang. kind is death,
+    hang, stall, recovered, rescue, resume, upgrade, lost, failure or adopted.
+    """
+
+    time: float
+    kind: str
+    message: str
+    seconds: float | None
+    times: int
+    last: float
+
+
+@dataclasses.dataclass
 class Volume:
     """A volume as wished for and as observed. Sizes in bytes, times in seconds since the epoch.
 
-    A volume for a virtual machine has a socket in place of a device.
+    A volume for a virtual machine has a socket in place of a device. deaths is how often its QSD has died, paused for
+    how many seconds I/O waited at the last recovery. history has the newest last; only Show tells it.
     """
 
     name: str
@@ -49,6 +80,10 @@ class Volume:
     qsd_version: str | None
     overlay: str | None
     failure: Failure | None
+    condition: Condition | None
+    deaths: int
+    paused: float | None
+    history: list[HistoryEntry] | None
 
 
 @dataclasses.dataclass
@@ -150,14 +185,34 @@ class StoragedInterface(VarlinkInterface):
         """Grow a volume and its device to size bytes."""
         raise NotImplementedError
 
+    @varlinkmethod(return_parameter="notes")
+    async def Rescue(
+        self, *, name: str, keep: bool | None = None, timeout: float | None = None
+    ) -> list[str]:
+        """End all I/O in flight with errors, whatever QSD does; the volume stays, in the state rescued.
+
+        Its device goes away, or with keep stays and fails all I/O, until Resume or Detach.
+        """
+        raise NotImplementedError
+
+    @varlinkmethod(return_parameter="volume")
+    async def Resume(self, *, name: str, timeout: float | None = None) -> Volume:
+        """Put the source of a rescued volume back."""
+        raise NotImplementedError
+
+    @varlinkmethod(return_parameter="volume")
+    async def Upgrade(self, *, name: str, timeout: float | None = None) -> Volume:
+        """Replace the QSD of a volume by the binary that is installed now, while the device is in use."""
+        raise NotImplementedError
+
     @varlinkmethod(return_parameter="volumes")
     async def List(self) -> list[Volume]:
-        """All volumes, sorted by name."""
+        """All volumes, sorted by name, without their history."""
         raise NotImplementedError
 
     @varlinkmethod(return_parameter="volume")
     async def Show(self, *, name: str) -> Volume:
-        """One volume."""
+        """One volume, with its history."""
         raise NotImplementedError
 
     @varlinkmethod(return_parameter="arguments")

@@ -26,6 +26,7 @@ from storaged import __version__
 from storaged.api import interface
 from storaged.errors import ErrorCode, StoragedError, bug
 from storaged.model.formats import Format
+from storaged.model.history import Happening
 from storaged.model.spec import VolumeSpec
 from storaged.supervisor.manager import Manager
 from storaged.supervisor.volume import Volume
@@ -131,17 +132,40 @@ class Service(interface.StoragedInterface):
         """Grow a volume and its device to size bytes."""
         return self._describe(await self._manager.resize(name, size, _deadline(timeout)))
 
+    @varlinkmethod(return_parameter="notes")
+    @_translated
+    async def Rescue(
+        self, *, name: str, keep: bool | None = None, timeout: float | None = None
+    ) -> list[str]:
+        """End all I/O in flight with errors, whatever QSD does; the volume stays, in the state rescued.
+
+        Its device goes away, or with keep stays and fails all I/O, until Resume or Detach.
+        """
+        return await self._manager.rescue(name, keep=bool(keep), timeout=_deadline(timeout))
+
+    @varlinkmethod(return_parameter="volume")
+    @_translated
+    async def Resume(self, *, name: str, timeout: float | None = None) -> interface.Volume:
+        """Put the source of a rescued volume back."""
+        return self._describe(await self._manager.resume(name, _deadline(timeout)))
+
+    @varlinkmethod(return_parameter="volume")
+    @_translated
+    async def Upgrade(self, *, name: str, timeout: float | None = None) -> interface.Volume:
+        """Replace the QSD of a volume by the binary that is installed now, while the device is in use."""
+        return self._describe(await self._manager.upgrade(name, _deadline(timeout)))
+
     @varlinkmethod(return_parameter="volumes")
     @_translated
     async def List(self) -> list[interface.Volume]:
-        """All volumes, sorted by name."""
+        """All volumes, sorted by name, without their history."""
         return [self._describe(volume) for volume in self._manager.volumes()]
 
     @varlinkmethod(return_parameter="volume")
     @_translated
     async def Show(self, *, name: str) -> interface.Volume:
-        """One volume."""
-        return self._describe(self._manager.get(name))
+        """One volume, with its history."""
+        return self._describe(self._manager.get(name), with_history=True)
 
     @varlinkmethod(return_parameter="arguments")
     @_translated
@@ -157,8 +181,9 @@ class Service(interface.StoragedInterface):
             async for event in events:
                 yield interface.Event(event.time, event.volume, event.kind, event.state, event.message)
 
-    def _describe(self, volume: Volume) -> interface.Volume:
+    def _describe(self, volume: Volume, *, with_history: bool = False) -> interface.Volume:
         spec, record, layout = volume.spec, volume.attachment.record, self._manager.environment.layout
+        condition, history = volume.condition, volume.history
         return interface.Volume(
             name=spec.name, source=spec.source, format=spec.format.value,
             transport=record.transport if record else spec.transport,
@@ -176,6 +201,14 @@ class Service(interface.StoragedInterface):
                 volume.failure.code.value, volume.failure.message, volume.failure.step, volume.failure.cause,
                 volume.failure.hint,
             ),
+            condition=None if condition is None else interface.Condition(
+                condition.trouble.value, condition.since, condition.detail, str(condition.policy), condition.acts_at
+            ),
+            deaths=history.counts().get(Happening.DEATH, 0), paused=history.paused,
+            history=[
+                interface.HistoryEntry(entry.time, entry.kind, entry.message, entry.seconds, entry.times, entry.last)
+                for entry in history.entries
+            ] if with_history else None,
         )
 
 

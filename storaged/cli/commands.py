@@ -47,21 +47,21 @@ def _command(args: argparse.Namespace) -> str:
 
 def _request(args: argparse.Namespace, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
     """Ask for a change and wait for it, with progress. Ctrl-C leaves, and says that the daemon goes on."""
-    seconds = parameters.get("timeout")
+    seconds, name = parameters.get("timeout"), parameters["name"]
     with _client(args) as client:
         client.send(method, parameters)
         try:
             return progress.wait_for_reply(
                 client,
                 _client(args),
-                args.name,
+                name,
                 timeout=None if seconds is None else seconds + _GRACE,
                 lines=not getattr(args, "json", False),
             )
         except KeyboardInterrupt:
             render.note(
-                f"storaged: volume {render.clean(args.name)}: interrupted, but the daemon goes on with the"
-                f" {args.command}; look with: {client.command} show {render.clean(args.name)}"
+                f"storaged: volume {render.clean(name)}: interrupted, but the daemon goes on with the"
+                f" {args.command}; look with: {client.command} show {render.clean(name)}"
             )
             raise
 
@@ -79,7 +79,10 @@ def _attach(args: argparse.Namespace) -> int:
         "persist": args.persist or None,
         "timeout": args.timeout,
     }
-    volume = _field(_request(args, "Attach", _said(wishes)), "volume", dict)
+    return _write_device(args, _field(_request(args, "Attach", _said(wishes)), "volume", dict))
+
+
+def _write_device(args: argparse.Namespace, volume: dict[str, Any]) -> int:
     if args.json:
         render.write_json(volume)
     else:
@@ -89,9 +92,13 @@ def _attach(args: argparse.Namespace) -> int:
 
 def _detach(args: argparse.Namespace) -> int:
     wishes = {"name": args.name, "force": args.force or None, "timeout": args.timeout}
-    for line in _field(_request(args, "Detach", _said(wishes)), "notes", list):
-        render.note(f"storaged: volume {render.clean(args.name)}: {render.clean(line)}")
+    _note_all(args.name, _field(_request(args, "Detach", _said(wishes)), "notes", list))
     return 0
+
+
+def _note_all(name: str, notes: list[Any]) -> None:
+    for line in notes:
+        render.note(f"storaged: volume {render.clean(name)}: {render.clean(line)}")
 
 
 def _resize(args: argparse.Namespace) -> int:
@@ -99,9 +106,60 @@ def _resize(args: argparse.Namespace) -> int:
     return 0
 
 
-def _list(args: argparse.Namespace) -> int:
+def _rescue(args: argparse.Namespace) -> int:
+    wishes = {"name": args.name, "keep": args.keep or None, "timeout": args.timeout}
+    _note_all(args.name, _field(_request(args, "Rescue", _said(wishes)), "notes", list))
+    return 0
+
+
+def _resume(args: argparse.Namespace) -> int:
+    wishes = {"name": args.name, "timeout": args.timeout}
+    return _write_device(args, _field(_request(args, "Resume", _said(wishes)), "volume", dict))
+
+
+def _upgrade(args: argparse.Namespace) -> int:
+    if not args.all:
+        with _client(args) as client:
+            before = _field(client.call("Show", {"name": args.name}, timeout=_QUICK), "volume", dict)
+        _upgrade_one(args, before)
+        return 0
+    status = 0
+    volumes = _volumes(args)
+    for index, volume in enumerate(volumes):
+        name, state = volume.get("name"), volume.get("state")
+        if state != "online":
+            render.write(render.clean(f"{name}: skipped, it is {state or 'not online'}"))
+            continue
+        try:
+            _upgrade_one(args, volume)
+        except StoragedError as error:
+            if error.code is ErrorCode.NO_SUCH_VOLUME:
+                render.write(render.clean(f"{name}: skipped, it is gone by now"))
+                continue
+            if error.code is ErrorCode.DAEMON_UNREACHABLE:
+                for left in volumes[index + 1:]:
+                    render.note(render.clean(f"storaged: volume {left.get('name')}: not tried"))
+                raise
+            status = 1
+            render.failure(error)
+    return status
+
+
+def _upgrade_one(args: argparse.Namespace, before: dict[str, Any]) -> None:
+    """Upgrade the volume that was ``before``, and print a line about it."""
+    name = str(before.get("name"))
+    after = _field(_request(args, "Upgrade", _said({"name": name, "timeout": args.timeout})), "volume", dict)
+    former, present = (volume.get("qsd_version") or "unknown" for volume in (before, after))
+    render.write(render.clean(f"{name}: {former} -> {present}"))
+
+
+def _volumes(args: argparse.Namespace) -> list[dict[str, Any]]:
     with _client(args) as client:
-        volumes = _field(client.call("List", timeout=_QUICK), "volumes", list)
+        return _field(client.call("List", timeout=_QUICK), "volumes", list)
+
+
+def _list(args: argparse.Namespace) -> int:
+    volumes = _volumes(args)
     if args.json:
         render.write_json(volumes)
     elif args.names:
@@ -216,7 +274,10 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "detach": _detach,
     "doctor": _doctor,
     "list": _list,
+    "rescue": _rescue,
     "resize": _resize,
+    "resume": _resume,
     "show": _show,
+    "upgrade": _upgrade,
     "watch": _watch,
 }

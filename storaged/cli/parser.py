@@ -63,6 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
     _name(command, "the volume")
     command.add_argument("size", metavar="SIZE", help="the new size: bytes, or a number with K, M, G, T or P")
 
+    _trouble(commands)
+
     command = _command(
         commands, "doctor", "say what this host, its QEMU and this installation can do, and what is missing"
     )
@@ -127,8 +129,32 @@ def _detach(commands: _Commands[argparse.ArgumentParser]) -> None:
     command = _command(commands, "detach", "take a volume away; refuses while its device is in use")
     _name(command, "the volume")
     command.add_argument(
-        "--force", action="store_true", help="also while it is in use: whoever uses it gets I/O errors"
+        "--force",
+        action="store_true",
+        help="also while it is in use or hangs: whoever uses it gets I/O errors (rescue does so and keeps the volume)",
     )
+    _timeout(command)
+
+
+def _trouble(commands: _Commands[argparse.ArgumentParser]) -> None:
+    command = _command(commands, "rescue", "end the waiting I/O of a volume with errors, and keep the volume")
+    _name(command, "the volume")
+    command.add_argument(
+        "--keep", action="store_true", help="the device stays, and fails all I/O, until resume (default: it goes away)"
+    )
+    _timeout(command)
+
+    command = _command(commands, "resume", "put the source of a rescued volume back, and print the device (or socket)")
+    _name(command, "the volume")
+    _timeout(command)
+    _json(command, "print the volume as an object, and a failure as one on stderr")
+
+    command = _command(
+        commands, "upgrade", "replace a volume's QEMU by the one that is installed now, while the device is in use"
+    )
+    which = command.add_mutually_exclusive_group(required=True)
+    which.add_argument("name", metavar="NAME", nargs="?", help="the volume")
+    which.add_argument("--all", action="store_true", help="all volumes that are online, one after the other")
     _timeout(command)
 
 

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import io
 import json
+import math
 import os
 import sys
 import time
@@ -36,6 +37,11 @@ _QEMU_FORMS = {
     "blockdev": "the source itself, with -blockdev",
     "drive": "the source itself, with -drive",
 }
+#: Entries of a volume's history that ``show`` prints, and the lines that a message may take on a terminal.
+_NEWEST = 20
+_MOST_LINES = 3
+#: Columns of a message, however narrow the terminal is.
+_MIN_MESSAGE = 20
 _STYLES = {"ok": "green", "info": "cyan", "warn": "yellow", "fail": "bold red"}
 
 
@@ -102,9 +108,12 @@ def note(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def volume_table(volumes: Sequence[dict[str, Any]], width: int | None = None) -> str:
+def volume_table(
+    volumes: Sequence[dict[str, Any]], width: int | None = None, now: float | None = None
+) -> str:
     """Return the table of ``storaged list``, cut to ``width`` columns (by default the terminal's)."""
-    rows = [_COLUMNS, *(_row(volume) for volume in volumes)]
+    now = time.time() if now is None else now
+    rows = [_COLUMNS, *(_row(volume, now) for volume in volumes)]
     widths = {
         column: len(_GAP) + max(_cells(row[index]) for row in rows)
         for index, column in enumerate(_COLUMNS[:-1])
@@ -121,8 +130,12 @@ def volume_table(volumes: Sequence[dict[str, Any]], width: int | None = None) ->
     return "\n".join(lines)
 
 
-def volume_details(volume: dict[str, Any], now: float | None = None) -> str:
-    """Return what ``storaged show`` prints: one aligned line per fact that there is."""
+def volume_details(volume: dict[str, Any], now: float | None = None, width: int | None = None) -> str:
+    """Return what ``storaged show`` prints: one aligned line per fact that there is, and the history.
+
+    Nothing but the history is cut to ``width`` columns (by default the terminal's).
+    """
+    now = time.time() if now is None else now
     size = volume.get("size")
     options = volume.get("options") or {}
     trouble = volume.get("failure") or {}
@@ -148,6 +161,9 @@ def volume_details(volume: dict[str, Any], now: float | None = None) -> str:
         *((f"option {key}", value) for key, value in sorted(options.items())),
         ("overlay", volume.get("overlay")),
         ("qsd", qsd),
+        ("deaths", volume.get("deaths") or None),
+        ("last pause", None if volume.get("paused") is None else _lasting(volume["paused"])),
+        *_condition_facts(volume.get("condition") or {}, now),
     ]
     if trouble:
         step = f" (at step {trouble['step']})" if trouble.get("step") else ""
@@ -158,7 +174,52 @@ def volume_details(volume: dict[str, Any], now: float | None = None) -> str:
         ]
     shown = [(clean(key), clean(value)) for key, value in facts if value is not None]
     margin = max(_cells(key) for key, _ in shown) + 1
-    return "\n".join(f"{_pad(key + ':', margin)} {value}" for key, value in shown)
+    lines = [f"{_pad(key + ':', margin)} {value}" for key, value in shown]
+    lines += _history_table(volume.get("history") or [], terminal_width() if width is None else width)
+    return "\n".join(lines)
+
+
+def _condition_facts(condition: dict[str, Any], now: float) -> list[tuple[str, object]]:
+    if not condition:
+        return []
+    policy, acts_at = condition.get("policy") or "-", condition.get("acts_at")
+    if isinstance(acts_at, int | float):
+        when = f"in {_span(acts_at - now)}" if acts_at > now else "now"
+        policy = f"{policy}, {when} ({timestamp(acts_at)})"
+    else:
+        policy = f"{policy}; nothing is done by itself"
+    return [
+        ("trouble", f"{condition.get('trouble')} since {moment(condition.get('since'), now)}"),
+        ("detail", condition.get("detail") or None),
+        ("policy", policy),
+    ]
+
+
+def _history_table(entries: Sequence[dict[str, Any]], width: int) -> list[str]:
+    """The newest entries of a volume's history as lines, the newest last."""
+    if not entries:
+        return []
+    rows = [
+        (timestamp(entry.get("time")), clean(entry.get("kind") or "-"), _lasting(entry.get("seconds")), _told(entry))
+        for entry in entries[-_NEWEST:]
+    ]
+    more = len(entries) - len(rows)
+    rows.insert(0, ("TIME", "WHAT", "TOOK", "MESSAGE"))
+    margins = [len(_GAP) + max(_cells(row[index]) for row in rows) for index in range(3)]
+    left = max(_MIN_MESSAGE, width - sum(margins))
+    lines = ["", f"history (the oldest {more} are left out here; --json has them):" if more else "history:"]
+    for *cells, message in rows:
+        first, *rest = _folded(message, left, _MOST_LINES)
+        lines.append("".join(map(_pad, cells, margins)) + first)
+        lines += [" " * sum(margins) + line for line in rest]
+    return [line.rstrip() for line in lines]
+
+
+def _told(entry: dict[str, Any]) -> str:
+    message, times = clean(entry.get("message") or ""), entry.get("times")
+    if not isinstance(times, int) or times < 2:
+        return message
+    return f"{times} times, last {timestamp(entry.get('last'))}: {message}"
 
 
 def qemu_arguments(found: dict[str, Any]) -> str:
@@ -200,7 +261,11 @@ def timestamp(seconds: object) -> str:
     """Return a time since the epoch as ISO 8601 in local time."""
     if not isinstance(seconds, int | float):
         return "-"
-    text = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(seconds))
+    try:
+        local = time.localtime(seconds)
+    except (OverflowError, ValueError, OSError):
+        return "-"  # no year of ours
+    text = time.strftime("%Y-%m-%dT%H:%M:%S%z", local)
     return f"{text[:-2]}:{text[-2:]}"
 
 
@@ -208,11 +273,26 @@ def moment(seconds: object, now: float | None = None) -> str:
     """Return a time since the epoch in local time, and how long ago that was."""
     if not isinstance(seconds, int | float):
         return "-"
-    ago = (time.time() if now is None else now) - seconds
+    return f"{timestamp(seconds)} ({_span((time.time() if now is None else now) - seconds)} ago)"
+
+
+def _span(seconds: float) -> str:
+    """Return a length of time in its largest unit."""
+    if not math.isfinite(seconds):
+        return "-"
     for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
-        if ago >= length:
-            return f"{timestamp(seconds)} ({int(ago // length)}{unit} ago)"
-    return f"{timestamp(seconds)} ({max(0, int(ago))}s ago)"
+        if seconds >= length:
+            return f"{int(seconds // length)}{unit}"
+    return f"{max(0, int(seconds))}s"
+
+
+def _lasting(seconds: object) -> str:
+    """Return how long something took, as exactly as people want it."""
+    if not isinstance(seconds, int | float):
+        return "-"
+    if not 0 <= seconds < 100:
+        return _span(seconds)
+    return f"{seconds:.2f}s" if seconds < 10 else f"{seconds:.0f}s"
 
 
 def findings(found: Sequence[Finding]) -> None:
@@ -257,11 +337,15 @@ def _is_terminal(stream: Any) -> bool:
     return stream is not None and stream.isatty()
 
 
-def _row(volume: dict[str, Any]) -> tuple[str, ...]:
+def _row(volume: dict[str, Any], now: float) -> tuple[str, ...]:
     state, size = str(volume.get("state") or "-"), volume.get("size")
     trouble = volume.get("failure")
     if state == "failed" and trouble and trouble.get("code"):
         state = f"failed({trouble['code']})"
+    if condition := volume.get("condition"):
+        since = condition.get("since")
+        for_how_long = f", {_span(now - since)}" if isinstance(since, int | float) else ""
+        state += f" ({condition.get('trouble')}{for_how_long})"
     cells: Iterable[object] = (
         volume.get("name"),
         state,
@@ -301,3 +385,18 @@ def _cut(text: str, width: int) -> str:
     while _cells(text) > width - 1:
         text = text[1:]
     return "…" + text
+
+
+def _folded(text: str, width: int, most: int) -> list[str]:
+    """Return ``text`` in lines of at most ``width`` columns, broken at blanks where there are any, ``most`` of them."""
+    lines: list[str] = []
+    while _cells(text) > width:
+        end, cells = 0, 0
+        while (cells := cells + _cells(text[end])) <= width - (len(lines) == most - 1):
+            end += 1
+        if len(lines) == most - 1:
+            return [*lines, text[:end] + "…"]
+        blank = text.rfind(" ", 1, end + 1)
+        lines.append(text[: blank if blank > 0 else end].rstrip())
+        text = text[blank if blank > 0 else end:].lstrip()
+    return [*lines, text]

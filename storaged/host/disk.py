@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host.users import device_users, only_probes
+from storaged.model.health import Progress
 
 #: udev looks at a new or changed device for a moment: that is not a user, wait for it to go (seconds). On a
 #: busy host it takes longer; then it is known by its name.
@@ -55,6 +56,24 @@ def is_read_only(path: str) -> bool:
 def size(path: str) -> int:
     """Return the device's size in bytes as the kernel knows it, 0 if there is no such device."""
     return 512 * int(attribute(path, "size") or 0)
+
+
+def progress(device: str) -> Progress | None:
+    """Return how many requests are in flight and how many have ended, None if it cannot be told. Never blocks.
+
+    Of Documentation/block/stat.rst: fields 1, 5, 12 and 16 count the reads, writes, discards and flushes that ended,
+    well or not; field 9 is what is in flight. Not the attribute ``inflight``: since Linux 6.16 that leaves out what
+    waits in a scheduler or for a flush, and before, both count the same. What neither has before 6.16 is a flush with
+    nothing beside it (blk_mq_check_inflight in block/blk-mq.c); nor does anything count when ``queue/iostats`` is 0.
+    """
+    try:
+        fields = [int(field) for field in (attribute(device, "stat") or "").split()]
+    except ValueError:
+        return None
+    if len(fields) < 9:
+        return None
+    # Discards are there since Linux 4.18, flushes since 5.5.
+    return Progress(in_flight=fields[8], ended=fields[0] + fields[4] + sum(fields[11:12]) + sum(fields[15:16]))
 
 
 def partitions(path: str) -> dict[int, str]:

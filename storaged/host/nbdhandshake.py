@@ -1,10 +1,15 @@
-"""The handshake of the NBD protocol, by libnbd on a socket that the kernel gets later. The only importer of nbd."""
+"""The NBD protocol by libnbd: the handshake on a socket that the kernel gets later, and a flush of our own.
+
+The only importer of nbd.
+"""
 
 from __future__ import annotations
 
 import os
 import socket
 import time
+from collections.abc import Callable
+from typing import Any
 
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host.nbd import Negotiated
@@ -42,15 +47,7 @@ def negotiate(sock: socket.socket, export: str, timeout: float = 10.0) -> Negoti
     try:
         # libnbd owns what it is given and closes it, without a word to the server, when the handle goes.
         handle.aio_connect_socket(os.dup(sock.fileno()))
-        deadline = time.monotonic() + timeout
-        while not handle.aio_is_ready():
-            if time.monotonic() >= deadline:
-                raise StoragedError(
-                    ErrorCode.QSD_SILENT, "qemu-storage-daemon does not answer",
-                    cause=f"it has not ended the NBD handshake within {timeout:.0f} s",
-                    hint="it is stopped, or the storage below hangs",
-                )
-            handle.poll(max(1, int(1000 * (deadline - time.monotonic()))))
+        _wait(handle, handle.aio_is_ready, timeout, "ended the NBD handshake")
         flags = _HAS_FLAGS
         for has, flag in (
             (handle.is_read_only, _READ_ONLY), (handle.can_flush, _FLUSH), (handle.can_fua, _FUA),
@@ -68,3 +65,37 @@ def negotiate(sock: socket.socket, export: str, timeout: float = 10.0) -> Negoti
     # Both ends share one open file description: libnbd's O_NONBLOCK would make the kernel's client fail.
     sock.setblocking(True)
     return told
+
+
+def flush(sock: socket.socket, export: str, timeout: float) -> None:
+    """Have the server bring to its storage all that was written to an export (NBD_CMD_FLUSH).
+
+    Blocks, for at most ``timeout`` seconds. Raises FLUSH_FAILED, QSD_SILENT.
+    """
+    import nbd
+
+    handle = nbd.NBD()
+    handle.set_export_name(export)
+    try:
+        handle.aio_connect_socket(os.dup(sock.fileno()))
+        _wait(handle, handle.aio_is_ready, timeout, "ended the NBD handshake")
+        cookie = handle.aio_flush()
+        # It raises what the server answers with, once it has.
+        _wait(handle, lambda: bool(handle.aio_command_completed(cookie)), timeout, "flushed")
+    except nbd.Error as error:
+        raise StoragedError(
+            ErrorCode.FLUSH_FAILED, "qemu-storage-daemon cannot flush what it holds in its memory", cause=str(error),
+            hint="make room or repair the storage below",
+        ) from error
+
+
+def _wait(handle: Any, is_done: Callable[[], bool], timeout: float, what: str) -> None:
+    deadline = time.monotonic() + timeout
+    while not is_done():
+        if time.monotonic() >= deadline:
+            raise StoragedError(
+                ErrorCode.QSD_SILENT, "qemu-storage-daemon does not answer",
+                cause=f"it has not {what} within {timeout:.0f} s",
+                hint="it is stopped, or the storage below hangs",
+            )
+        handle.poll(max(1, int(1000 * (deadline - time.monotonic()))))

@@ -25,6 +25,26 @@ def identify(pid: int) -> ProcessIdentity | None:
     )
 
 
+def thread_states(pid: int) -> str:
+    """Return the state of each thread of a process, a letter each (proc_pid_stat(5): R, S, D, T, t, Z, X, I).
+
+    Empty when it is gone. Never blocks: unlike ``cmdline``, this file needs no lock that a thread in D may hold.
+    """
+    directory = f"/proc/{pid}/task"
+    states = []
+    try:
+        threads = os.listdir(directory)
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+    for thread in threads:
+        try:
+            with open(f"{directory}/{thread}/stat", "rb") as file:
+                states.append(file.read().rpartition(b")")[2].split()[0].decode())
+        except (FileNotFoundError, ProcessLookupError, IndexError):
+            continue  # this one ended meanwhile
+    return "".join(states)
+
+
 def open_pidfd(process: ProcessIdentity) -> int | None:
     """Return a pidfd of exactly this process (readable once it is dead), None if it is gone.
 

@@ -11,6 +11,14 @@ class Goal(StrEnum):
 
     ATTACHED = "attached"
     ABSENT = "absent"
+    FAILING = "failing"
+    """The device stays and fails all I/O, until the volume is resumed."""
+    RELEASED = "released"
+    """All I/O is ended with errors and the device is gone; the volume stays, until it is resumed."""
+
+
+#: What a rescue leads to.
+RESCUES = frozenset({Goal.FAILING, Goal.RELEASED})
 
 
 class Qsd(StrEnum):
@@ -55,6 +63,8 @@ class Observed:
     """Not even by force can the device be taken away while nothing serves it."""
     lost: bool = False
     """What the device has acknowledged may be lost: it has to fail and go, and never to go on with a successor."""
+    stalled: bool = False
+    """Requests are in flight, and none of them ends: what needs them to end would wait for ever."""
 
     @property
     def nothing(self) -> bool:
@@ -74,7 +84,7 @@ class Step(StrEnum):
     RECONNECT = "reconnect"
     """Give a device that waits the connection to the present QSD."""
     RESCUE = "rescue"
-    """Start a QSD that fails all I/O, so that a device without a server can be taken away."""
+    """Start a QSD that fails all I/O, for a device without a server that shall fail, or be taken away."""
     PUBLISH = "publish"
     DISCONNECT = "disconnect"
     UNPUBLISH = "unpublish"
@@ -102,15 +112,33 @@ DOING = {
 def plan(goal: Goal, seen: Observed, *, force: bool = False) -> Step | None:
     """Return the next step towards ``goal``, None when it is reached or nothing can be done but wait.
 
-    ``force``: the device goes away whoever uses it, and its I/O may end with errors.
+    ``force``: the device goes away whoever uses it, and its I/O may end with errors; a rescue is always by force.
     """
+    if goal is Goal.FAILING and seen.device in (Device.UNSERVED, Device.HEALTHY):
+        return _towards_failing(seen)
+    force = force or goal in RESCUES
     if seen.lost and seen.device in (Device.UNSERVED, Device.HEALTHY):
         return _towards_a_server(seen, force=True)
     if goal is Goal.ATTACHED:
         return _towards_attached(seen)
     if seen.device is Device.UNSERVED or (seen.needs_server and force and seen.device is Device.HEALTHY):
         return _towards_a_server(seen, force=force)
-    return _towards_absent(seen)
+    step = _towards_absent(seen)
+    # What is rescued keeps its record and its journal.
+    return None if goal in RESCUES and step is Step.REMOVE else step
+
+
+def _towards_failing(seen: Observed) -> Step | None:
+    """A device that stays: the real server goes, and one that fails everything takes its place."""
+    if seen.qsd is Qsd.NONE:
+        return Step.RESCUE
+    if seen.qsd is Qsd.SILENT or not seen.rescue or not seen.opened:
+        return Step.STOP
+    if not seen.exported:
+        return Step.EXPORT
+    if seen.device is Device.UNSERVED:
+        return Step.RECONNECT
+    return None if seen.linked else Step.PUBLISH
 
 
 def _towards_attached(seen: Observed) -> Step | None:
@@ -148,6 +176,9 @@ def _towards_a_server(seen: Observed, *, force: bool) -> Step | None:
         return Step.STOP if force else None
     if seen.qsd is Qsd.NONE:
         return Step.RESCUE if force else Step.START
+    if force and seen.stalled and not seen.rescue:
+        # Its requests would not end, however long a removal waits.
+        return Step.STOP
     if not seen.opened:
         # A rescue server never opens the source: a half-made one gives way to the next.
         return Step.STOP if force or seen.rescue else Step.OPEN

@@ -51,3 +51,5 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """Devices that were disconnected by force, and that the kernel keeps for those who still have them open (nbd)."""
     rescue: bool = False
     """The process is a rescue server: it has not opened the source, and fails all I/O."""
+    settled: bool = False
+    """QSD holds nothing in its memory that it has acknowledged: it has not exported yet, or has closed the source."""

@@ -9,6 +9,7 @@ import msgspec
 
 from storaged.errors import ErrorCode, StoragedError
 from storaged.model.formats import Format
+from storaged.model.health import Policy, parse_policy
 from storaged.model.names import check_name
 
 #: Options of the volume itself; a backend adds its own (see storaged/backends).
@@ -17,9 +18,13 @@ COMMON_OPTIONS = {
     "cache": "none, writeback, writethrough, directsync or unsafe, as for QEMU; default writeback",
     "key-file": "the file that holds the passphrase of a luks image",
     "logical-block-size": "512 or 4096; default 512",
+    "on-hang": "what to do when QSD hangs: wait, restart-after:SECONDS or fail-after:SECONDS; default "
+    "restart-after:30 where that loses nothing, else wait",
+    "on-stall": "what to do when the storage below does not answer: wait, restart-after:SECONDS or "
+    "fail-after:SECONDS; default wait",
     "snapshot-size": "the size that the overlay of --snapshot may grow to; default 10G",
 }
-DEFAULTS = {"cache": "writeback", "aio": "threads", "logical-block-size": "512"}
+DEFAULTS = {"cache": "writeback", "aio": "threads", "logical-block-size": "512", "on-stall": "wait"}
 CACHE_MODES = ("none", "writeback", "writethrough", "directsync", "unsafe")
 
 
@@ -63,13 +68,30 @@ class VolumeSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         """Bytes."""
         return int(self.options.get("logical-block-size", "512"))
 
+    @property
+    def on_hang(self) -> Policy | None:
+        """What the user wants done when QSD hangs, None where nothing was said."""
+        return self._policy("on-hang")
+
+    @property
+    def on_stall(self) -> Policy | None:
+        """What the user wants done when the storage below does not answer, None where nothing was said."""
+        return self._policy("on-stall")
+
+    def _policy(self, option: str) -> Policy | None:
+        text = self.options.get(option)
+        return None if text is None else parse_policy(text)
+
 
 class Desired(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A spec and whether it shall be attached. ``absent`` is stored while a detach is on its way."""
+    """A spec and what shall become of it (storaged.model.plan.Goal).
+
+    ``absent`` is stored while a detach is on its way; ``failing`` and ``released`` are what a rescue leads to.
+    """
 
     version: Literal[1] = 1
     spec: VolumeSpec
-    wanted: Literal["attached", "absent"] = "attached"
+    wanted: Literal["attached", "absent", "failing", "released"] = "attached"
 
 
 def check_spec(spec: VolumeSpec, further_options: Set[str]) -> None:
@@ -95,6 +117,11 @@ def check_spec(spec: VolumeSpec, further_options: Set[str]) -> None:
         refuse(f"option cache={options['cache']!r} is unknown", f"use one of {', '.join(CACHE_MODES)}")
     if options.get("logical-block-size", "512") not in ("512", "4096"):
         refuse(f"option logical-block-size={options['logical-block-size']!r}", "use 512 or 4096")
+    for key in ("on-hang", "on-stall"):
+        try:
+            parse_policy(options.get(key, "wait"))
+        except StoragedError as error:
+            refuse(f"option {key}={options[key]!r} is unknown", error.hint)
     key_file = options.get("key-file")
     if spec.format is Format.LUKS and key_file is None:
         refuse("a luks image needs its passphrase", "say -o key-file=PATH")

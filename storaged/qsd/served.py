@@ -29,11 +29,14 @@ class ServedQsd:
         """When it was started here (monotonic); 0 for one that was taken over."""
         self.last_death: StoragedError | None = None
         """A death that nobody asked for and nobody has looked at yet."""
+        self.died_at = 0.0
+        """When the last one died (monotonic)."""
         self._directory = directory
         self._wake = wake
         self._pidfd: int | None = None
         self._session: Session | None = None
         self._silent_since: float | None = None
+        self._asked_at = 0.0
         self._gone = asyncio.Event()
         self._gone.set()
 
@@ -46,6 +49,11 @@ class ServedQsd:
     def silent(self) -> bool:
         """Whether it gave no answer when it was asked last."""
         return self._silent_since is not None
+
+    @property
+    def silent_since(self) -> float | None:
+        """Since when it has given no answer (monotonic); None where it did when it was asked last."""
+        return self._silent_since
 
     def find(self, who: ProcessIdentity) -> bool:
         """Take over exactly this process; False if it is dead already."""
@@ -79,8 +87,25 @@ class ServedQsd:
 
     def refuse_silent(self) -> None:
         """Raise QSD_SILENT for one that gave no answer a moment ago, instead of waiting for it again and again."""
-        if self._silent_since is not None and time.monotonic() - self._silent_since < _SILENCE:
+        if self._silent_since is not None and time.monotonic() - self._asked_at < _SILENCE:
             raise StoragedError(ErrorCode.QSD_SILENT, "qemu-storage-daemon does not answer")
+
+    def note_silence(self) -> None:
+        """It cannot answer: it is stopped."""
+        if self._silent_since is None:
+            self._silent_since = time.monotonic()
+        self._asked_at = time.monotonic()
+
+    async def ask(self, timeout: float) -> bool:
+        """Whether it answers within ``timeout`` seconds."""
+        try:
+            async with asyncio.timeout(timeout):
+                await (await self.session()).execute("query-version", timeout=timeout)
+        except (TimeoutError, StoragedError) as error:
+            if isinstance(error, TimeoutError) or error.code is ErrorCode.QSD_SILENT:
+                self.note_silence()
+            return False
+        return True
 
     async def note_answer(self, error: StoragedError | None) -> None:
         """Remember whether it answered; ``error`` is what it failed to answer with."""
@@ -89,8 +114,9 @@ class ServedQsd:
         elif error.code is ErrorCode.QSD_DIED:
             # The connection ended; the process is about to, or it hangs on its way out.
             await self.wait_gone(1.0)
-        elif self._silent_since is None:
-            self._silent_since = time.monotonic()
+        elif error.code is not ErrorCode.QSD_SILENT or error.cause:
+            # Not for one that was not even asked (refuse_silent).
+            self.note_silence()
 
     async def stop(self, timeout: float, *, export: str, quits_badly: bool) -> None:
         """Let it end by itself, which flushes everything; kill it when it does not.
@@ -150,6 +176,7 @@ class ServedQsd:
         how = process.reap(pidfd)
         os.close(pidfd)
         self._pidfd = None
+        self.died_at = time.monotonic()
         self.last_death = died(self._directory, how)
         self._gone.set()
         self._wake()

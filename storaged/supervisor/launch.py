@@ -82,7 +82,7 @@ def launch(
             transport, why = choose_transport(spec.transport, build, max(0.1, deadline - time.monotonic()))
             record = Record(
                 spec=spec, transport=transport.name, transport_reason=why, binary=binary,
-                settings=transport.settings(spec, build),
+                settings=transport.settings(spec, build), settled=True,
             )
         else:
             transport = TRANSPORTS[former.transport]

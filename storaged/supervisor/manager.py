@@ -16,6 +16,7 @@ from storaged.host.atomic import write_atomic
 from storaged.host.blocking import BlockingCalls
 from storaged.host.process import boot_id
 from storaged.model.names import check_name
+from storaged.model.plan import RESCUES, Goal
 from storaged.model.qemu_args import QemuArguments
 from storaged.model.record import Record
 from storaged.model.spec import Desired, VolumeSpec, check_spec, without_defaults
@@ -107,6 +108,22 @@ class Manager:
         await volume.resize(size, timeout or self.environment.config.attach_timeout)
         return volume
 
+    async def rescue(self, name: str, *, keep: bool, timeout: float | None) -> list[str]:
+        """End all I/O of a volume with errors; the volume stays, with its device if ``keep``. Return what to tell."""
+        return await self.get(name).rescue(keep=keep, timeout=timeout or self.environment.config.detach_timeout)
+
+    async def resume(self, name: str, timeout: float | None) -> Volume:
+        """Put the source of a volume back that was rescued."""
+        volume = self.get(name)
+        await volume.resume(timeout or self.environment.config.attach_timeout)
+        return volume
+
+    async def upgrade(self, name: str, timeout: float | None) -> Volume:
+        """Replace a volume's QSD by the program that is installed now."""
+        volume = self.get(name)
+        await volume.upgrade(timeout or self.environment.config.attach_timeout)
+        return volume
+
     async def qemu_arguments(self, name: str) -> QemuArguments:
         """Return the arguments with which a virtual machine's QEMU uses a volume."""
         try:
@@ -157,7 +174,7 @@ class Manager:
         unknown: set[str] = set()
         for store in (environment.persistent, environment.volatile):
             loaded = store.load()
-            found.update(loaded.volumes)
+            found.update({name: self._after_boot(desired) for name, desired in loaded.volumes.items()})
             for damaged in loaded.damaged:
                 self._report(damaged)
                 unknown.add(damaged.name)
@@ -187,6 +204,13 @@ class Manager:
             log.warning("volume %s: nobody wants what is left of it; it is taken away unless it is used", name)
             found[name] = Desired(spec=spec, wanted="absent")
         return [found[name] for name in sorted(found)]
+
+    def _after_boot(self, desired: Desired) -> Desired:
+        """Of what was rescued before the host was rebooted nothing is left that could wait or fail."""
+        rescued = Goal(desired.wanted) in RESCUES
+        if rescued and not os.path.lexists(self.environment.layout.volume_dir(desired.spec.name)):
+            return Desired(spec=desired.spec)
+        return desired
 
     def _record_of(self, name: str) -> Record | None:
         path = os.path.join(self.environment.layout.volume_dir(name), "record.json")

@@ -83,6 +83,10 @@ class Transport(Protocol):
         """Whether its device has a connection of its own, which has to be made anew to each QSD."""
 
     @property
+    def bridges(self) -> bool:
+        """Whether its device stays when QSD dies, and its I/O waits for a successor, or is ended by a rescue server."""
+
+    @property
     def grows(self) -> bool:
         """Whether the disk can grow while it is attached."""
 
@@ -157,6 +161,7 @@ class HostDevice:
     options: Mapping[str, str] = {}
     needs_server = False
     reconnects = False
+    bridges = False
     grows = True
 
     def settings(self, spec: VolumeSpec, build: Build) -> dict[str, int]:

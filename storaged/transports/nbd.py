@@ -37,7 +37,8 @@ _DEAD_TIMEOUT = Number("seconds that requests wait for a new QSD", 1, 365 * 8640
 _LOOK_EVERY = 500
 #: Larger requests gain nothing, smaller ones cost much (docs/benchmarks.md).
 _MAX_SECTORS_KB = 1024
-_SOCKET = "nbd.sock"
+#: In the volume's directory.
+NBD_SOCKET = "nbd.sock"
 #: Seconds that QSD may take for a handshake: it is on this host, and asks no storage.
 _HANDSHAKE_PATIENCE = 10.0
 
@@ -48,6 +49,7 @@ class NbdTransport(HostDevice):
     name = "nbd"
     grows = False
     reconnects = True
+    bridges = True
     options: Mapping[str, str] = {
         "connections": f"{_CONNECTIONS.about}; default 1",
         "timeout": f"{_TIMEOUT.about}; default 0",
@@ -99,7 +101,7 @@ class NbdTransport(HostDevice):
 
     def setup(self, site: Site, record: Record) -> list[tuple[str, dict[str, Any]]]:
         """The server, in the volume's directory (QSD's working directory: its path may be too long), and a thread."""
-        server = {"addr": {"type": "unix", "data": {"path": _SOCKET}}}
+        server = {"addr": {"type": "unix", "data": {"path": NBD_SOCKET}}}
         threads = [ADD_IOTHREAD] if record.settings["iothread"] else []
         return [*threads, ("nbd-server-start", server)]
 
@@ -226,7 +228,7 @@ def _connections(
     with contextlib.ExitStack() as stack:
         try:
             sockets = [
-                stack.enter_context(connect_unix(os.path.join(site.directory, _SOCKET)))
+                stack.enter_context(connect_unix(os.path.join(site.directory, NBD_SOCKET)))
                 for _ in range(record.settings["connections"])
             ]
         except OSError as error:

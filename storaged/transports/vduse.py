@@ -45,6 +45,7 @@ class VduseTransport(HostDevice):
 
     name = "vduse"
     needs_server = True
+    bridges = True
     options: Mapping[str, str] = {
         "queues": f"{_QUEUES.about}; default 1",
         "queue-size": f"{_QUEUE_SIZE.about}, a power of two; default 256",

@@ -41,6 +41,7 @@ class VhostUserTransport:
     name = "vhost-user"
     needs_server = False
     reconnects = False
+    bridges = False
     grows = True
     options: Mapping[str, str] = {
         "queues": f"{_QUEUES.about}; default 1; the virtual machine must not ask for more",

@@ -54,7 +54,8 @@ def test_a_second_attach_with_the_same_wishes_gives_the_same_device(daemon: Daem
 
 def test_an_attach_with_other_wishes_fails_and_changes_nothing(daemon: Daemon, place: Path) -> None:
     source = image(place / "a.qcow2")
-    before = daemon.attach("a", source, format="qcow2")
+    daemon.attach("a", source, format="qcow2")
+    before = daemon.show("a")
     for wishes in ({"format": "raw"}, {"format": "qcow2", "read_only": True}, {"format": "qcow2", "persist": True}):
         error = error_of(lambda wishes=wishes: daemon.attach("a", source, **wishes))  # type: ignore[misc]  # mypy cannot type a default in a lambda
         assert error.code is ErrorCode.VOLUME_EXISTS

@@ -112,7 +112,8 @@ def test_a_mount_point_of_any_name_is_named_and_keeps_nobody_from_detaching(daem
 
 def test_a_request_that_is_refused_says_nothing_about_the_volume(daemon: Daemon, place: Path) -> None:
     source = image(place / "a.raw", "raw")
-    before = daemon.attach("a", source)
+    daemon.attach("a", source)
+    before = daemon.show("a")
     error_of(lambda: daemon.call("Resize", name="a", size=1 << 20))
     assert daemon.show("a") == before
 

@@ -43,7 +43,16 @@ def volume(name: str, **changes: Any) -> JSON:
         "qsd_version": "10.0.13",
         "overlay": None,
         "failure": None,
+        "condition": None,
+        "deaths": 0,
+        "paused": None,
+        "history": None,
     } | changes
+
+
+def entry(kind: str, message: str, time: float = 1_700_000_000.0, **changes: Any) -> JSON:
+    """Return an entry of a volume's history as the API describes it."""
+    return {"time": time, "kind": kind, "message": message, "seconds": None, "times": 1, "last": time} | changes
 
 
 def event(name: str, kind: str, message: str = "", state: str = "starting") -> JSON:

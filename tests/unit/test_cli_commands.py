@@ -225,7 +225,13 @@ def test_a_failure_with_json_is_an_object_on_stderr(
     assert json.loads(err) == {"error": OPEN_FAILED["parameters"]}
 
 
-@pytest.mark.parametrize("line", ["attach n /x", "detach n", "list", "show n", "watch", "resize n 1G"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "attach n /x", "detach n", "list", "show n", "watch", "resize n 1G", "rescue n", "resume n", "upgrade n",
+        "upgrade --all",
+    ],
+)
 def test_without_a_daemon_every_command_fails_and_says_how_to_start_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str
 ) -> None:
@@ -238,7 +244,10 @@ def test_without_a_daemon_every_command_fails_and_says_how_to_start_it(
 
 @pytest.mark.parametrize(
     ("method", "line"),
-    [("Attach", "attach n /x"), ("Detach", "detach n"), ("List", "list"), ("Show", "show n")],
+    [
+        ("Attach", "attach n /x"), ("Detach", "detach n"), ("List", "list"), ("Show", "show n"),
+        ("Rescue", "rescue n"), ("Resume", "resume n"), ("Show", "upgrade n"), ("List", "upgrade --all"),
+    ],
 )
 def test_an_answer_without_the_field_is_an_internal_failure(
     daemon: FakeDaemon, capsys: pytest.CaptureFixture[str], method: str, line: str
@@ -271,6 +280,13 @@ def test_an_answer_without_the_field_is_an_internal_failure(
         "list --json --names",
         "show",
         "resize n",
+        "rescue",
+        "rescue n --json",
+        "resume",
+        "resume n --keep",
+        "upgrade",
+        "upgrade n --all",
+        "upgrade n m",
         "completion",
         "completion csh",
         "list --root /r",

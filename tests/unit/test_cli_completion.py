@@ -75,7 +75,7 @@ def test_bash_offers_the_commands(tmp_path: Path) -> None:
     assert set(completed("", tmp_path)) == set(commands())
 
 
-@pytest.mark.parametrize("command", ["detach", "show", "watch", "resize"])
+@pytest.mark.parametrize("command", ["detach", "show", "watch", "resize", "rescue", "resume", "upgrade"])
 def test_bash_offers_the_attached_volumes(command: str, tmp_path: Path) -> None:
     assert completed(f"{command} ", tmp_path) == ["web1", "web2"]
     assert completed(f"{command} web2", tmp_path) == ["web2"]

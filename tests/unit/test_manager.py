@@ -287,7 +287,7 @@ class World(Attachment):
 def world(monkeypatch: pytest.MonkeyPatch) -> type[World]:
     for attribute in (World.made, World.gates, World.failing):
         attribute.clear()
-    monkeypatch.setattr("storaged.supervisor.volume.Attachment", World)
+    monkeypatch.setattr("storaged.supervisor.convergence.Attachment", World)
     return World
 
 

@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storaged.model.plan import Device, Goal, Observed, Qsd, Step, plan
-from tests.unit.world import ACCIDENTS, BOTH, EVERYTHING, WORLDS, Kind, World, do, makes_sense
+from tests.unit.world import ACCIDENTS, BOTH, BRIDGING, EVERYTHING, WORLDS, Kind, World, do, makes_sense
 
 #: No way is longer: at most one of each step, but a second STOP.
 MOST_STEPS = len(Step) + 1
 #: Goal and force.
-WISHES = [(Goal.ATTACHED, False), (Goal.ABSENT, False), (Goal.ABSENT, True)]
-#: Transports whose device waits for a successor of its QSD.
-BRIDGING = (Kind.VDUSE, Kind.NBD)
+WISHES = [
+    (Goal.ATTACHED, False), (Goal.ABSENT, False), (Goal.ABSENT, True), (Goal.FAILING, True), (Goal.RELEASED, True),
+]
 
 
 def way(goal: Goal, world: World, *, force: bool = False) -> Iterator[tuple[Step, World]]:
@@ -64,7 +64,8 @@ def test_from_anything_but_silence_an_attached_volume_becomes_usable(kind: Kind)
             continue
         _, end = go(Goal.ATTACHED, start)
         assert end.seen == Observed(
-            Qsd.RUNNING, True, True, end.seen.remains, Device.HEALTHY, True, True, needs_server=kind is Kind.VDUSE
+            Qsd.RUNNING, True, True, end.seen.remains, Device.HEALTHY, True, True, needs_server=kind is Kind.VDUSE,
+            stalled=end.stalled,
         ), start
         assert end.served, start
 
@@ -81,6 +82,47 @@ def test_by_force_an_absent_volume_leaves_nothing_wherever_it_begins(kind: Kind)
     for start in WORLDS:
         if start.kind is kind:
             assert go(Goal.ABSENT, start, force=True)[1] == World(kind), start
+
+
+@pytest.mark.parametrize("kind", BRIDGING)
+def test_a_rescue_that_keeps_the_device_ends_with_a_server_that_fails_everything(kind: Kind) -> None:
+    for start in WORLDS:
+        if start.kind is kind and start.device:
+            end = go(Goal.FAILING, start, force=True)[1]
+            assert end.device, start
+            assert end.served, start
+            assert end.rescue, start
+            assert end.linked, start
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_a_rescue_that_releases_leaves_the_directory_alone(kind: Kind) -> None:
+    for start in WORLDS:
+        if start.kind is kind:
+            end = go(Goal.RELEASED, start, force=True)[1]
+            # Of a socket that is gone nothing is left but the record.
+            assert replace(end, directory=False, front=False, device=False) == World(kind), start
+            assert end.seen.device is Device.NONE, start
+            assert end.directory >= start.directory, start
+            assert not end.seen.remains
+
+
+@pytest.mark.parametrize("kind", BRIDGING)
+def test_a_device_that_fails_goes_on_with_the_real_one_when_it_is_resumed(kind: Kind) -> None:
+    attached = go(Goal.ATTACHED, World(kind))[1]
+    steps, failing = go(Goal.FAILING, attached, force=True)
+    reconnect = [Step.RECONNECT] if kind is Kind.NBD else []
+    assert steps == [Step.STOP, Step.RESCUE, Step.EXPORT, *reconnect]
+    steps, resumed = go(Goal.ATTACHED, failing)
+    assert steps == [Step.STOP, Step.START, Step.OPEN, Step.EXPORT, *reconnect]
+    assert resumed == attached
+
+
+def test_by_force_a_stalled_server_is_ended_before_a_device_that_waits_for_it() -> None:
+    stalled = replace(go(Goal.ATTACHED, World(Kind.VDUSE))[1], stalled=True)
+    for goal in (Goal.ABSENT, Goal.RELEASED):
+        steps = go(goal, stalled, force=True)[0]
+        assert steps[:4] == [Step.STOP, Step.RESCUE, Step.EXPORT, Step.DISCONNECT]
 
 
 def test_without_force_what_waits_for_a_qsd_that_hangs_goes_on_waiting() -> None:
@@ -218,8 +260,8 @@ def test_a_device_that_works_or_waits_is_never_cleared() -> None:
 
 def test_without_force_there_is_no_rescue() -> None:
     for seen in EVERYTHING:
-        for goal in Goal:
-            assert plan(goal, seen) is not Step.RESCUE
+        for goal in (Goal.ATTACHED, Goal.ABSENT):
+            assert seen.lost or plan(goal, seen) is not Step.RESCUE
 
 
 def test_a_rescue_server_is_never_told_to_open_the_source() -> None:
@@ -260,7 +302,7 @@ def test_a_healthy_device_is_disconnected_before_anything_else_of_it_goes() -> N
     for start in WORLDS:
         if start.seen.device is Device.HEALTHY:
             assert plan(Goal.ABSENT, start.seen) is Step.DISCONNECT
-            needs_another = start.kind is Kind.VDUSE and start.qsd is Qsd.SILENT
+            needs_another = start.kind is Kind.VDUSE and (start.qsd is Qsd.SILENT or start.stalled)
             assert plan(Goal.ABSENT, start.seen, force=True) is (Step.STOP if needs_another else Step.DISCONNECT)
 
 
@@ -282,7 +324,12 @@ def test_a_device_whose_acknowledged_writes_are_lost_goes_as_by_force_whatever_i
         lost = replace(seen, lost=True)
         step = plan(goal, lost, force=force)
         # Never a successor, under which a flush would succeed and the writes would be missing.
-        assert step not in (Step.START, Step.OPEN, Step.RECONNECT, Step.CLEAR, None)
+        assert step not in (Step.START, Step.OPEN, Step.CLEAR)
+        if goal is Goal.FAILING:
+            assert step is not None or lost.rescue, "it goes on failing"
+            assert step is not Step.RECONNECT or lost.rescue
+        else:
+            assert step not in (Step.RECONNECT, None)
         assert step is not Step.DISCONNECT or not lost.needs_server or lost.exported
 
 

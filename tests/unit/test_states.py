@@ -7,12 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from storaged.model.plan import Device, Goal, Observed, Qsd, Step, plan
+from storaged.model.plan import RESCUES, Device, Goal, Observed, Qsd, Step, plan
 from storaged.model.states import TRANSITIONS, State, state_of
-from tests.unit.world import BOTH, POSSIBLE, WORLDS, Kind, World, after_accidents, do
-
-#: Of later phases: no observation amounts to them yet.
-LATER = {State.STALLED, State.RESCUED}
+from tests.unit.world import BOTH, BRIDGING, POSSIBLE, WORLDS, Kind, World, after_accidents, do
 
 
 def situations() -> Iterator[tuple[Goal, World, bool]]:
@@ -20,6 +17,8 @@ def situations() -> Iterator[tuple[Goal, World, bool]]:
     for goal in Goal:
         for world in WORLDS:
             for was_online in BOTH:
+                if goal is Goal.FAILING and world.kind not in BRIDGING:
+                    continue
                 if goal is Goal.ABSENT or world.directory or not was_online:
                     yield goal, world, was_online
 
@@ -29,10 +28,16 @@ def next_situations(goal: Goal, world: World) -> Iterator[tuple[Goal, World]]:
     yield goal, world
     for after in after_accidents(world):
         yield goal, after
-    for force in BOTH:
-        if force and goal is Goal.ATTACHED:
-            yield Goal.ABSENT, world
-            continue
+    if goal is Goal.ATTACHED:
+        # Of a fresh attach that failed all is taken back; and only what is wanted can be rescued.
+        yield Goal.ABSENT, world
+        yield Goal.RELEASED, world
+        if world.kind in BRIDGING:
+            yield Goal.FAILING, world
+    if goal in RESCUES:
+        yield Goal.ATTACHED, world  # resumed
+        yield Goal.ABSENT, world
+    for force in BOTH if goal is Goal.ABSENT else (goal in RESCUES,):
         step = plan(goal, world.seen, force=force)
         if step is not None:
             yield goal, do(step, world, force=force)
@@ -85,8 +90,8 @@ def test_from_every_state_a_volume_can_come_online_and_can_go(state: State) -> N
     assert {State.ONLINE, State.ABSENT, State.DETACHING} <= reachable(state)
 
 
-@pytest.mark.parametrize("state", sorted(set(State) - LATER))
-def test_every_state_of_this_phase_is_met(state: State) -> None:
+@pytest.mark.parametrize("state", State)
+def test_every_state_is_met(state: State) -> None:
     assert state in {after for _, after in PRODUCED}
 
 
@@ -96,7 +101,24 @@ def test_online_means_that_nothing_is_left_to_do_and_qsd_answers(failed: bool, w
     for seen in POSSIBLE:
         state = state_of(Goal.ATTACHED, seen, was_online=was_online, failed=failed)
         done = plan(Goal.ATTACHED, seen) is None and seen.qsd is Qsd.RUNNING
-        assert (state is State.ONLINE) == done, seen
+        assert (state in (State.ONLINE, State.STALLED)) == done, seen
+        assert (state is State.STALLED) == (done and seen.stalled), seen
+
+
+@pytest.mark.parametrize("failed", BOTH)
+@pytest.mark.parametrize("was_online", BOTH)
+@pytest.mark.parametrize("goal", sorted(RESCUES))
+def test_rescued_means_that_nothing_is_left_to_do_and_no_io_can_wait(
+    goal: Goal, was_online: bool, failed: bool
+) -> None:
+    for world in WORLDS:
+        if goal is Goal.FAILING and world.kind not in BRIDGING:
+            continue
+        state = state_of(goal, world.seen, was_online=was_online, failed=failed)
+        assert (state is State.RESCUED) == (plan(goal, world.seen) is None), world
+        if state is State.RESCUED and world.seen.device is not Device.NONE:
+            assert world.rescue
+            assert world.served
 
 
 @pytest.mark.parametrize("failed", BOTH)

@@ -15,8 +15,12 @@ from itertools import product
 from storaged.model.plan import Device, Observed, Qsd, Step
 
 BOTH = (False, True)
-#: Every value that Observed can have, whether it makes sense or not.
-EVERYTHING = [Observed(*facts) for facts in product(Qsd, BOTH, BOTH, BOTH, Device, BOTH, BOTH, BOTH, BOTH)]
+#: Every value that Observed can have, whether it makes sense or not; lost apart, which overrules the rest.
+EVERYTHING = [
+    Observed(qsd, opened, exported, remains, device, linked, directory, rescue, needs_server, stalled=stalled)
+    for qsd, device in product(Qsd, Device)
+    for opened, exported, remains, linked, directory, rescue, needs_server, stalled in product(BOTH, repeat=8)
+]
 
 
 class Kind(StrEnum):
@@ -30,6 +34,10 @@ class Kind(StrEnum):
     """The device waits until it gets another connection."""
     VHOST_USER = "vhost-user"
     """There is a socket and no device; ``device`` below: the socket was given to its owner."""
+
+
+#: Transports whose device waits for a successor of its QSD.
+BRIDGING = (Kind.VDUSE, Kind.NBD)
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,8 @@ class World:
     directory: bool = False
     aside: bool = False
     """A detach was cut short after it had moved the socket away, so that nobody could connect."""
+    stalled: bool = False
+    """The storage below stands still, with requests in flight."""
 
     @property
     def seen(self) -> Observed:
@@ -75,6 +85,7 @@ class World:
             device=device,
             linked=self.linked or (self.kind is Kind.VHOST_USER and device is Device.HEALTHY),
             directory=self.directory, rescue=self.rescue, needs_server=self.kind is Kind.VDUSE,
+            stalled=self.stalled and running and device is Device.HEALTHY,
         )
 
 
@@ -84,7 +95,7 @@ def makes_sense(world: World) -> bool:
         (world.opened and world.qsd is Qsd.NONE)
         or (world.export and not world.opened)
         or (world.qsd is not Qsd.NONE and not world.directory)
-        or (world.rescue and (world.kind is not Kind.VDUSE or world.qsd is Qsd.NONE))
+        or (world.rescue and (world.kind not in (Kind.VDUSE, Kind.NBD) or world.qsd is Qsd.NONE))
         or (world.served and not (world.device and world.export))
         # Only NBD has a device that another export than the present one may once have served.
         or (world.device and world.export and not world.served and world.kind is not Kind.NBD)
@@ -95,12 +106,14 @@ def makes_sense(world: World) -> bool:
         or (world.kind is Kind.VHOST_USER and (world.linked or (world.device and not world.directory)))
         or (world.aside and not (world.kind is Kind.VHOST_USER and world.front))
         or (world.aside and world.export and not world.device)
+        # A rescue server asks no storage.
+        or (world.stalled and (world.rescue or not world.served))
     )
 
 
 #: Every world that there can be, and what is observed of them.
 WORLDS = [
-    world for kind, qsd in product(Kind, Qsd) for facts in product(BOTH, repeat=9)
+    world for kind, qsd in product(Kind, Qsd) for facts in product(BOTH, repeat=10)
     if makes_sense(world := World(kind, qsd, *facts))
 ]
 POSSIBLE = sorted({world.seen for world in WORLDS}, key=str)
@@ -120,9 +133,12 @@ def do(step: Step, world: World, *, force: bool = False) -> World:
             return replace(world, qsd=Qsd.RUNNING, rescue=False, opened=False, export=False, directory=True)
         case Step.RESCUE:
             assert world.qsd is Qsd.NONE, "the first may still write"
-            assert world.kind is Kind.VDUSE, "only there it makes a difference"
+            assert world.kind in (Kind.VDUSE, Kind.NBD), "only there it makes a difference"
             assert force, "what waits would be lost"
-            return replace(world, qsd=Qsd.RUNNING, rescue=True, opened=True, export=False, directory=True)
+            return replace(
+                world, qsd=Qsd.RUNNING, rescue=True, opened=True, export=False, directory=True,
+                front=world.front or world.kind is Kind.NBD,
+            )
         case Step.OPEN:
             assert running
             assert not world.rescue, "it must not touch the source"
@@ -133,7 +149,7 @@ def do(step: Step, world: World, *, force: bool = False) -> World:
             assert not world.device or world.kind is not Kind.FUSE, "it would look as if this served the device"
             # A new export has no connection yet, and its socket no owner.
             return replace(
-                world, export=True, front=True, served=world.device and world.kind is Kind.VDUSE,
+                world, export=True, front=True, stalled=False, served=world.device and world.kind is Kind.VDUSE,
                 device=world.device and world.kind is not Kind.VHOST_USER, aside=False,
             )
         case Step.CONNECT:
@@ -155,10 +171,12 @@ def do(step: Step, world: World, *, force: bool = False) -> World:
             if world.kind is Kind.VDUSE:
                 assert world.qsd is not Qsd.NONE, "it would wait for ever"
                 assert running or not force, "its requests would never end"
+                assert not (force and world.stalled), "its requests would never end"
             if not force:
                 assert world.served or world.qsd is Qsd.SILENT, "what waits would be lost"
             return replace(
-                world, device=False, served=False, front=world.front and world.kind is not Kind.VHOST_USER, aside=False
+                world, device=False, served=False, stalled=False, aside=False,
+                front=world.front and world.kind is not Kind.VHOST_USER,
             )
         case Step.UNPUBLISH:
             return replace(world, linked=False)
@@ -174,7 +192,7 @@ def do(step: Step, world: World, *, force: bool = False) -> World:
 
 def qsd_dies(world: World) -> World:
     """Whatever it made of the host stays behind."""
-    return replace(world, qsd=Qsd.NONE, rescue=False, opened=False, export=False, served=False)
+    return replace(world, qsd=Qsd.NONE, rescue=False, opened=False, export=False, served=False, stalled=False)
 
 
 def qsd_quits(world: World) -> World:
@@ -192,7 +210,7 @@ def qsd_wakes(world: World) -> World:
 
 def export_vanishes(world: World) -> World:
     stays = world.kind in (Kind.VDUSE, Kind.NBD) or world.aside
-    return replace(world, export=False, served=False, front=world.front and stays)
+    return replace(world, export=False, served=False, stalled=False, front=world.front and stays)
 
 
 def front_vanishes(world: World) -> World:
@@ -202,12 +220,22 @@ def front_vanishes(world: World) -> World:
 
 def device_vanishes(world: World) -> World:
     """losetup -d, vdpa dev del, nbd-client -d."""
-    return world if world.kind is Kind.VHOST_USER else replace(world, device=False, served=False)
+    return world if world.kind is Kind.VHOST_USER else replace(
+        world, device=False, served=False, stalled=False
+    )
 
 
 def connection_breaks(world: World) -> World:
     """The kernel gives up NBD's connection, and tells."""
-    return replace(world, served=False) if world.kind is Kind.NBD else world
+    return replace(world, served=False, stalled=False) if world.kind is Kind.NBD else world
+
+
+def storage_stalls(world: World) -> World:
+    return replace(world, stalled=world.served and not world.rescue)
+
+
+def storage_goes_on(world: World) -> World:
+    return replace(world, stalled=False)
 
 
 def detach_is_cut_short(world: World) -> World:
@@ -223,6 +251,7 @@ def link_vanishes(world: World) -> World:
 ACCIDENTS: list[Callable[[World], World]] = [
     qsd_dies, qsd_quits, qsd_hangs, qsd_wakes, export_vanishes, front_vanishes, device_vanishes, connection_breaks,
     detach_is_cut_short, link_vanishes,
+    storage_stalls, storage_goes_on,
 ]
 
 

@@ -1,0 +1,186 @@
+"""Brings a volume to what is wished for: observe, plan, do one step, observe; and what users see of that."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from dataclasses import replace
+
+from storaged.errors import ErrorCode, StoragedError
+from storaged.model.health import Condition
+from storaged.model.history import Happening, History
+from storaged.model.plan import DOING, RESCUES, Device, Goal, Observed, Qsd, Step, plan
+from storaged.model.recovery import STABLE_AFTER, backoff
+from storaged.model.spec import Desired
+from storaged.model.states import State, state_of
+from storaged.supervisor.actor import Actor
+from storaged.supervisor.attachment import Attachment
+from storaged.supervisor.environment import Environment
+from storaged.supervisor.health import Health
+from storaged.supervisor.journal import Journal
+
+log = logging.getLogger("storaged.volume")
+
+#: Seconds after which QSD of an online volume is asked, too, whether it is well: that costs a thousand times more.
+_ASK_EVERY = 60.0
+#: The same step this often in a row means that it has no effect.
+_MOST_REPEATS = 3
+#: States in which a volume is what was asked for, or as good as its storage lets it be.
+_SETTLED = frozenset({State.ONLINE, State.STALLED, State.RESCUED})
+
+
+class Convergence(Actor):
+    """A volume's goal, state, failure and observation."""
+
+    def __init__(self, desired: Desired, environment: Environment, *, fresh: bool = False) -> None:
+        """``fresh``: it comes from an attach request, and goes again if that fails."""
+        super().__init__(desired.spec.name)
+        self.spec = desired.spec
+        self.goal = Goal(desired.wanted)
+        # What an earlier daemon left is there, in whatever condition, until it has been looked at.
+        self.state = State.ABSENT if fresh else State.STARTING
+        self.since = time.time()
+        self.failure: StoragedError | None = None
+        self.seen = Observed()
+        self.attachment = Attachment(desired.spec, environment, self.wake)
+        self._environment = environment
+        self._health = Health(self.attachment)
+        self._journal = Journal(self.attachment)
+        self._stored: Goal | None = None if fresh else self.goal
+        self._fresh = fresh
+        self._first_failure: StoragedError | None = None
+        self._was_online = False
+        self._step: Step | None = None
+        self._blamed: Step | None = None
+        self._setbacks = 0
+        self._not_before = 0.0
+        self._ask_after = 0.0
+
+    @property
+    def condition(self) -> Condition | None:
+        """What hangs, and what will be done about it; None where nothing does."""
+        return self._health.condition
+
+    @property
+    def history(self) -> History:
+        """What happened to the volume."""
+        return self._journal.history
+
+    # Towards the goal -----------------------------------------------------------------------------------------
+
+    def _set_back(self) -> None:
+        self._setbacks += 1
+        self._not_before = time.monotonic() + backoff(self._setbacks)
+
+    async def _converge(self, *, force: bool = False, notes: list[str] | None = None) -> None:
+        """Observe, plan, do one step, observe, until nothing is left to do. Raises what a step fails with."""
+        repeats, last, started = 0, None, False
+        self._step = None
+        force = force or self.goal in RESCUES
+        while True:
+            self.seen = await self.attachment.observe()
+            step = plan(self.goal, self.seen, force=force)
+            repeats = repeats + 1 if step is last else 1
+            last = step
+            self._settle(working=step is not None)
+            if step is None:
+                break
+            if repeats > _MOST_REPEATS:
+                raise StoragedError(
+                    ErrorCode.INTERNAL, "a step has no effect", volume=self.name, step=step,
+                    cause=f"it was done {_MOST_REPEATS} times and {self.seen} did not change",
+                    hint="look into the journal, and report this",
+                )
+            self._step = step
+            death = self.attachment.qsd.last_death
+            if started and death is not None and step in (Step.START, Step.RESCUE):
+                # The one that this has started is dead again: the next would fare no better.
+                self.attachment.qsd.last_death = None
+                raise death.at(volume=self.name, step=step)
+            started = started or step in (Step.START, Step.RESCUE)
+            self._emit("step", DOING[step])
+            self._environment.fault(f"before {step}")
+            left = max(0.1, self._deadline - time.monotonic())
+            try:
+                await self.attachment.perform(step, timeout=left, force=force)
+            except StoragedError as error:
+                raise error.at(volume=self.name, step=step) from error
+            self._environment.fault(f"after {step}")
+            if step is Step.STOP:
+                self._health.begin_anew()
+            for note in self.attachment.notes:
+                self._emit("note", note)
+                if notes is not None:
+                    notes.append(note)
+            self._step = None
+        if self.goal is Goal.ABSENT and self.state is State.ABSENT:
+            store = self._environment.store_of(self.spec.persist)
+            self._environment.fault("before forget")
+            await self.attachment.blocking("forget the volume", 30.0, store.delete, self.name)
+            self._emit("removed", "detached")
+        elif self.state not in _SETTLED:
+            raise StoragedError(
+                ErrorCode.QSD_SILENT, "qemu-storage-daemon does not answer", volume=self.name, step="observe",
+                hint="the storage below may hang; detach --force ends the volume without it",
+            )
+
+    async def _store(self, goal: Goal) -> None:
+        """Store what is wished for. Raises NO_SPACE, HOST_STUCK."""
+        store = self._environment.store_of(self.spec.persist)
+        desired = Desired(spec=self.spec, wanted=goal.value)
+        await self.attachment.blocking("store what is wished", 30.0, store.put, desired)
+        self._stored = goal
+
+    # What is seen ------------------------------------------------------------------------------------------------
+
+    @property
+    def _adoption_refused(self) -> bool:
+        return (
+            self.goal is Goal.ATTACHED
+            and self.failure is not None and self.failure.code is ErrorCode.ADOPTION_REFUSED
+        )
+
+    def _settle(self, *, working: bool = False) -> None:
+        """Take over the state that the last observation amounts to."""
+        stalled = self.attachment.stalled and self.seen.qsd is Qsd.RUNNING and self.seen.device is Device.HEALTHY
+        self.seen = replace(self.seen, stalled=stalled)
+        failed = not working and self.failure is not None
+        state = state_of(self.goal, self.seen, was_online=self._was_online, failed=failed)
+        if self._adoption_refused:
+            state = State.FAILED
+        if state in (State.ONLINE, State.STALLED):
+            self._was_online = True
+        if state is State.ONLINE and self._health.condition is None:
+            self._journal.end_pause("online again")
+        if state in _SETTLED:
+            self._ask_after = time.monotonic() + _ASK_EVERY * random.uniform(0.9, 1.1)
+            self.failure = None
+            if self._setbacks and time.monotonic() - self.attachment.qsd.started_at > STABLE_AFTER:
+                self._setbacks = 0
+        self._set_state(state)
+
+    def _fail(self, error: StoragedError) -> None:
+        """Keep the failure and show it, unless the volume works all the same (a refused detach or resize)."""
+        self._settle()
+        if self.state in _SETTLED:
+            return
+        news = self.failure is None or str(self.failure) != str(error)
+        self.failure = error
+        self._settle()
+        if error.code is not ErrorCode.QSD_SILENT:
+            self._set_back()
+        if news:
+            self._journal.add(Happening.FAILURE, str(error))
+            self._emit("failure", str(error))
+            log.error("%s [%s]", error, error.code)
+
+    def _set_state(self, state: State) -> None:
+        if state is self.state:
+            return
+        log.info("volume %s: %s -> %s", self.name, self.state, state)
+        self.state, self.since = state, time.time()
+        self._emit("state", state.value)
+
+    def _emit(self, kind: str, message: str) -> None:
+        self._environment.events.publish(self.name, kind, self.state.value, message)

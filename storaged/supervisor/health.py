@@ -1,0 +1,131 @@
+"""Watches whether one volume moves: samples its device, asks what its QSD is doing, and says what to do about it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from storaged.host import disk, process, tcp
+from storaged.model.health import STALLED_AFTER, STOPPED, Condition, Progress, Reaction, Standstill, judge, policy_for
+from storaged.supervisor.holding import Holding
+
+#: Seconds between two samples that tell at once whether anything moves.
+_PROBE = 0.3
+#: Seconds for an answer of a QSD whose device stands still; one that takes longer is ended without one.
+_QUICK_ANSWER = 1.0
+#: Seconds for the look at QSD's threads and connections in /proc.
+_PATIENCE = 5.0
+
+
+class Health:
+    """Of one volume. Used by its actor only."""
+
+    def __init__(self, held: Holding) -> None:
+        self.condition: Condition | None = None
+        """The trouble that the volume has, None where it has none."""
+        self.standstill = 0.0
+        """Seconds for which requests have been in flight and none has ended."""
+        self._held = held
+        self._clock = Standstill()
+        self._in_flight = 0
+
+    @property
+    def patience(self) -> float:
+        """Seconds after which a standstill counts."""
+        policy = self._held.spec.on_stall
+        return min(STALLED_AFTER, policy.after) if policy is not None and policy.after else STALLED_AFTER
+
+    @property
+    def look_every(self) -> float:
+        """Seconds between two looks, at most, so that the policies come about in time."""
+        after = [policy.after for policy in (self._held.spec.on_hang, self._held.spec.on_stall) if policy]
+        return min(15.0, *(max(1.0, seconds / 3) for seconds in after if seconds), 15.0)
+
+    @property
+    def due(self) -> Reaction | None:
+        """What the policy says is to be done by now."""
+        condition = self.condition
+        if condition is None or condition.acts_at is None or time.time() < condition.acts_at:
+            return None
+        return condition.policy.reaction
+
+    def glance(self) -> bool:
+        """Sample the device, and say whether it moves, or has nothing to do. Never blocks."""
+        progress = self._sample()
+        if progress is not None:
+            self._in_flight = progress.in_flight
+        self.standstill = self._clock.update(progress, time.monotonic())
+        self._held.stalled = self.standstill >= self.patience
+        return not self._held.stalled
+
+    async def probe(self) -> None:
+        """Before all I/O is ended: find out within a moment what nobody needs to wait for. Raises HOST_STUCK.
+
+        That is requests in flight of which none ends, and a QSD that is stopped or gives no answer at once.
+        """
+        held, first = self._held, self._sample()
+        if not held.stalled and first is not None and first.in_flight:
+            await asyncio.sleep(_PROBE)  # nothing tells that nothing happens
+            second = self._sample()
+            held.stalled = second is not None and second.in_flight > 0 and second.ended == first.ended
+        if held.record is None or held.record.process is None or not held.qsd.alive:
+            return
+        threads, _ = await held.blocking("look at QSD", _PATIENCE, _look_at, held.record.process.pid)
+        if STOPPED & set(threads):
+            held.qsd.note_silence()
+        elif held.stalled:
+            await held.qsd.ask(_QUICK_ANSWER)
+
+    async def examine(self) -> None:
+        """Judge the present trouble, if there is one. Raises HOST_STUCK."""
+        self.glance()
+        held = self._held
+        if held.record is None or held.record.process is None or not held.qsd.alive or held.record.rescue:
+            self.condition = None
+            return
+        silent = held.qsd.silent_since
+        if silent is None and not held.stalled:
+            self.condition = None
+            return
+        pid = held.record.process.pid
+        threads, peers = await held.blocking("look at QSD", _PATIENCE, _look_at, pid)
+        trouble = judge(
+            silent=silent is not None, opening=held.record.settled, threads=threads,
+            standstill=max(self.standstill, STALLED_AFTER) if held.stalled else 0.0, network=bool(peers),
+        )
+        if trouble is None:
+            self.condition = None
+            return
+        lasted = max(self.standstill if held.stalled else 0.0, 0.0 if silent is None else time.monotonic() - silent)
+        since = time.time() - lasted
+        if self.condition is not None and self.condition.trouble is trouble:
+            since = min(since, self.condition.since)
+        detail = f"it has not answered since; its threads are in state {''.join(sorted(set(threads)))}"
+        if trouble.of_backend:
+            detail = f"of {self._in_flight} requests in flight none ends"
+            if peers:
+                detail += f", and {', '.join(peers)} acknowledges nothing"
+        self.condition = Condition(
+            trouble, since, detail,
+            policy_for(
+                trouble, held.spec.on_hang, held.spec.on_stall, loses_writes=held.spec.keeps_writes_in_memory,
+                bridged=held.transport.bridges,
+            ),
+        )
+
+    def begin_anew(self) -> None:
+        """Another server serves the device, or another device the volume."""
+        self.condition = None
+        self.standstill = 0.0
+        self._clock = Standstill()
+        self._held.stalled = False
+
+    def _sample(self) -> Progress | None:
+        record = self._held.record
+        return disk.progress(record.device) if record is not None and record.device is not None else None
+
+
+def _look_at(pid: int) -> tuple[str, list[str]]:
+    return process.thread_states(pid), tcp.silent_peers(pid)
+
+

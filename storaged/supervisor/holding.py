@@ -1,0 +1,107 @@
+"""What is known and held of one volume: its record, its qemu-storage-daemon, its threads, its names.
+
+What looks at the volume (attachment), what brings it up (serving) and what takes it down (leaving) share this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable
+
+import msgspec
+
+from storaged.errors import ErrorCode, StoragedError
+from storaged.host import locks
+from storaged.host.blocking import BlockingCalls
+from storaged.model.record import Record
+from storaged.model.spec import VolumeSpec
+from storaged.qsd.served import ServedQsd
+from storaged.supervisor import launch, opening
+from storaged.supervisor.environment import Environment
+from storaged.transports import TRANSPORTS
+from storaged.transports.base import Site, Transport
+
+
+class Holding:
+    """Used by the volume's actor only, one call at a time."""
+
+    def __init__(self, spec: VolumeSpec, environment: Environment, wake: Callable[[], None]) -> None:
+        """``wake`` is called when QSD dies, or the connection of the device."""
+        self.spec = spec
+        self.record: Record | None = None
+        self.notes: list[str] = []
+        """What a forced step could not take away, for the user."""
+        self.environment = environment
+        self.directory = environment.layout.volume_dir(spec.name)
+        self.qsd = ServedQsd(self.directory, wake)
+        self.site = Site(spec.name, self.directory, BlockingCalls(spec.name), environment.layout.vm_sockets_dir)
+        # Calls that touch the source have threads of their own: a source that hangs must not use up those that a
+        # detach needs.
+        self.source_calls = BlockingCalls(f"{spec.name}, source")
+        self.opening: opening.Opening | None = None
+        self.connection_lost = False
+        self.stalled = False
+        """Requests of the device are in flight and none ends, as far as is known: nothing may wait for them."""
+        self._wake = wake
+
+    @property
+    def transport(self) -> Transport:
+        """The transport in use; without a record the one whose remains can be told to be ours by their path alone."""
+        return TRANSPORTS[self.record.transport if self.record else "fuse"]
+
+    @property
+    def blocking(self) -> BlockingCalls:
+        """The threads of this volume."""
+        return self.site.blocking
+
+    def known(self) -> Record:
+        """The record. Raises INTERNAL where there is none."""
+        if self.record is None:
+            raise StoragedError(ErrorCode.INTERNAL, "a step needs a record and there is none")
+        return self.record
+
+    async def note(self, **changes: object) -> None:
+        """Change the record, in memory and on the disk."""
+        self.record = msgspec.structs.replace(self.known(), **changes)
+        await self.blocking("write the record", 10, launch.write_record, self.directory, self.record)
+
+    async def note_connection(self) -> None:
+        """The device has a connection to the present QSD."""
+        record = self.known()
+        if self.transport.reconnects and record.device is not None:
+            await self.note(served_by=record.process)
+            self.environment.dead_links.watch(record.device, self._on_lost_connection)
+
+    def _on_lost_connection(self) -> None:
+        self.connection_lost = True
+        self._wake()
+
+    def forget_connection(self) -> None:
+        """Nobody needs to be told of the device's connection any more."""
+        if self.record is not None and self.record.device is not None and self.transport.reconnects:
+            self.environment.dead_links.forget(self.record.device)
+
+    async def forget_device(self) -> None:
+        """The device is gone."""
+        self.forget_connection()
+        if self.record is not None and (self.record.device is not None or self.record.socket is not None):
+            await self.note(device=None, diskseq=0, socket=None, served_by=None, lost=False)
+
+    @contextlib.asynccontextmanager
+    async def names_held(self) -> AsyncIterator[None]:
+        """Hold the names that QSD holds while it lives: what has them may be another daemon's by now.
+
+        Raises NAME_TAKEN.
+        """
+        if self.qsd.alive:
+            yield
+            return
+        held = await self.blocking.with_late_result(
+            "lock the name", 10,
+            lambda: launch.take_names(self.site, self.transport.claims(self.site), self.environment.lock_directory),
+            locks.let_go,
+        )
+        try:
+            yield
+        finally:
+            locks.let_go(held)

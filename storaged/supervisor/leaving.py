@@ -1,0 +1,147 @@
+"""Takes a volume down: its device, with or without force, and its qemu-storage-daemon, with or without a successor."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+
+import msgspec
+
+from storaged.errors import ErrorCode, StoragedError
+from storaged.host.nbdhandshake import flush
+from storaged.host.unixsock import connect_unix
+from storaged.model import blockdev
+from storaged.model.record import Record
+from storaged.qsd.session import Session
+from storaged.qsd.version import aborts_with_iothread, parse_version
+from storaged.supervisor import overlay
+from storaged.supervisor.holding import Holding
+from storaged.transports.nbd import NBD_SOCKET
+
+#: A way to the disk beside its export, for a flush.
+_FLUSH_EXPORT = "flush"
+_FLUSH_SOCKET = "flush.sock"
+#: Seconds for a QSD whose device shall fail from now on to close the source in good order; then it is killed.
+_LAST_CLOSE = 5.0
+
+
+async def disconnect(held: Holding, timeout: float, *, force: bool) -> None:
+    """Take the device away; without force it refuses with DEVICE_IN_USE or FLUSH_FAILED, with nothing changed."""
+    record = held.known()
+    if record.lost:
+        held.notes.append(
+            f"{record.device} fails from now on: qemu-storage-daemon died with writes of it in its memory"
+        )
+    if force or record.lost:
+        if not await _disconnect_by_force(held, record, timeout):
+            return
+    else:
+        if record.rescue:
+            # There is nothing to flush it to.
+            record = msgspec.structs.replace(record, spec=msgspec.structs.replace(record.spec, read_only=True))
+        try:
+            await held.transport.disconnect(held.site, record, timeout)
+        except StoragedError as error:
+            if error.code is ErrorCode.DEVICE_IN_USE and held.blocking.stuck and not error.users:
+                raise StoragedError(
+                    ErrorCode.HOST_STUCK, "an earlier try to flush the device still hangs",
+                    hint="wait for the storage below to go on, or use --force",
+                ) from error
+            raise
+        held.stalled = False  # it has flushed
+    await held.forget_device()
+
+
+async def _disconnect_by_force(held: Holding, record: Record, timeout: float) -> bool:
+    """Return whether the device is gone; it is not where it has to get a rescue server first."""
+    flush = not (held.qsd.silent or record.rescue or record.lost or held.stalled)
+    try:
+        async with held.names_held():
+            held.notes += await held.transport.disconnect_by_force(held.site, record, timeout, flush=flush)
+        if held.transport.reconnects and held.transport.find_device(held.site, record) is not None:
+            await held.note(abandoned=[*record.abandoned, str(record.device)])
+    except StoragedError as error:
+        if error.code is not ErrorCode.HOST_STUCK or not held.transport.needs_server or record.rescue:
+            raise
+        # Its requests wait for storage that does not answer. A rescue server will end them.
+        held.notes.append(f"all I/O in flight ends with errors: {error.message}")
+        await held.qsd.kill()
+        return False
+    return True
+
+
+async def stop(held: Holding, timeout: float, *, force: bool) -> None:
+    """End QSD. Where its device stays, what it has acknowledged is brought to the source first, if that can be done.
+
+    Raises QSD_SILENT where it does not even die of SIGKILL.
+    """
+    record = held.record
+    if (record is not None and record.rescue) or held.stalled or held.qsd.silent:
+        await held.qsd.kill()
+    elif force and record is not None and record.device is not None and held.transport.bridges:
+        with contextlib.suppress(StoragedError):
+            await hand_over(held, min(timeout, _LAST_CLOSE))
+        await held.qsd.kill()
+    else:
+        await held.qsd.stop(timeout, export=blockdev.EXPORT, quits_badly=_quits_badly(record))
+
+
+async def hand_over(held: Holding, timeout: float) -> None:
+    """End QSD in good order while its device waits: a successor finds all that was acknowledged on the source.
+
+    When it fails QSD lives, and goes on with the export that the plan gives it again. Raises FLUSH_FAILED, QSD_SILENT.
+    """
+    session = await held.qsd.session()
+    if await session.has_export(blockdev.EXPORT):
+        await session.delete_export(blockdev.EXPORT, timeout=timeout)
+    held.environment.fault("hand over: unexported")
+    if held.known().spec.keeps_writes_in_memory:
+        await _flush(held, session, timeout)
+    if not await session.close_everything(blockdev.EXPORT, timeout=timeout):
+        raise StoragedError(ErrorCode.QSD_REFUSED, "qemu-storage-daemon does not let go of the source")
+    held.environment.fault("hand over: closed")
+    await held.note(settled=True)
+    await held.qsd.kill()
+
+
+async def _flush(held: Holding, session: Session, timeout: float) -> None:
+    """Flush the disk by an export of its own: QMP has no command for it, and closing a node reports no failure."""
+    address = {"type": "unix", "data": {"path": _FLUSH_SOCKET}}
+    own_server = not held.transport.reconnects
+    path = os.path.join(held.directory, _FLUSH_SOCKET if own_server else NBD_SOCKET)
+
+    def work() -> None:
+        with connect_unix(path) as sock:
+            flush(sock, _FLUSH_EXPORT, timeout)
+
+    if own_server:
+        await session.execute("nbd-server-start", {"addr": address})
+    try:
+        await session.add_export(
+            {"type": "nbd", "id": _FLUSH_EXPORT, "node-name": blockdev.DISK, "name": _FLUSH_EXPORT}, timeout=timeout
+        )
+        try:
+            await held.blocking("flush", timeout, work)
+        finally:
+            await session.delete_export(_FLUSH_EXPORT, timeout=timeout)
+    finally:
+        if own_server:
+            await session.execute("nbd-server-stop")
+
+
+def _quits_badly(record: Record | None) -> bool:
+    version = parse_version(f"version {record.qsd_version}") if record else None
+    return version is not None and aborts_with_iothread(version)
+
+
+def remove(held: Holding) -> None:
+    """Remove the overlay and the volume's directory. Blocks."""
+    overlay.remove(held.environment.layout.snapshots_dir, held.spec.name)
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(held.directory)
+
+
+def has_directory(held: Holding) -> bool:
+    """Whether there is something to remove."""
+    return os.path.lexists(held.directory) or overlay.exists(held.environment.layout.snapshots_dir, held.spec.name)

@@ -1,0 +1,142 @@
+"""Brings a volume up: its qemu-storage-daemon, or a rescue server, the source, the export."""
+
+from __future__ import annotations
+
+import threading
+
+from storaged.errors import ErrorCode, StoragedError
+from storaged.host import disk, process
+from storaged.model import blockdev
+from storaged.supervisor import launch, opening
+from storaged.supervisor.holding import Holding
+from storaged.supervisor.snapshot import open_snapshot
+
+
+async def start(held: Holding, timeout: float) -> None:
+    """Start QSD with a monitor only, from the record if there is one. Raises what ``launch.launch`` raises."""
+    given_up, former = threading.Event(), held.record
+
+    def work() -> launch.Started:
+        return launch.launch(
+            held.spec, former, held.site, held.environment, timeout=timeout, given_up=given_up
+        )
+
+    try:
+        started = await held.source_calls.with_late_result("start QSD", timeout, work, launch.Started.give_up)
+    except BaseException:
+        given_up.set()
+        raise
+    await _greet(held, started, timeout)
+
+
+async def start_rescue(held: Holding, timeout: float) -> None:
+    """A server in the place of a dead one that fails all I/O: it needs the name, the queues and the log."""
+    if not held.known().binary:
+        raise StoragedError(
+            ErrorCode.ADOPTION_REFUSED, "the device cannot be taken away",
+            cause="its record is lost, and nothing serves it: what its server must be like is not known",
+            hint="its I/O waits until the host is rebooted; nothing else of the host is concerned",
+        )
+
+    def work() -> launch.Started:
+        return launch.launch_rescue(held.known(), held.site, held.environment)
+
+    await _greet(
+        held, await held.blocking.with_late_result("start QSD", timeout, work, launch.Started.give_up), timeout
+    )
+    session = await held.qsd.session()
+    for command, arguments in held.transport.setup(held.site, held.known()):
+        await session.execute(command, arguments)
+    await session.execute("blockdev-add", blockdev.failing_node(held.known().size))
+
+
+async def _greet(held: Holding, started: launch.Started, timeout: float) -> None:
+    held.opening, held.record = started.opening, started.record
+    session = await held.qsd.greet(started.pidfd, started.monitor, timeout=timeout)
+    # Only now it is surely itself: qsd.binary may be a script that executes the real one.
+    await held.note(process=process.identify(started.pid), qsd_version=session.version)
+
+
+async def open_source(held: Holding, timeout: float) -> None:
+    """Open the source, within ``timeout`` seconds; one that is half open is ended."""
+    try:
+        await _open(held, timeout)
+    except StoragedError as error:
+        # What was opened half way serves nobody, and would be in the way of the next try.
+        if error.code is not ErrorCode.QSD_DIED:
+            await _kill_unopened(held)
+        raise
+
+
+async def _kill_unopened(held: Holding) -> None:
+    """A QSD without its disk has acknowledged nothing, or has closed it all; one that is silent cannot be asked."""
+    if not held.known().settled:
+        try:
+            nodes = await (await held.qsd.session()).node_names()
+        except StoragedError:
+            nodes = {blockdev.DISK: 0}
+        if blockdev.DISK not in nodes:
+            await held.note(settled=True)
+    await held.qsd.kill()
+
+
+async def _open(held: Holding, timeout: float) -> None:
+    spec, wanted = held.spec, held.opening
+    if wanted is None:
+        # An adopted QSD that never got as far as opening: nothing is known of its locks. A new one is.
+        await _kill_unopened(held)
+        return
+    session = await held.qsd.session()
+    for command, arguments in held.transport.setup(held.site, held.known()):
+        await session.execute(command, arguments)
+    if wanted.key_file is not None:
+        secret = await held.source_calls(
+            "read the key file", timeout, opening.read_passphrase, wanted.key_file
+        )
+        await session.execute("object-add", secret)
+    await session.execute("blockdev-add", wanted.node, timeout=timeout)
+    pid = held.known().process
+    as_wanted = pid is not None and await held.source_calls(
+        "look at what QSD opened", timeout, opening.opened_as_wanted, wanted, pid.pid
+    )
+    if not as_wanted:
+        raise StoragedError(
+            ErrorCode.SOURCE_CHANGED, "the source was replaced while it was opened",
+            hint="find out who replaces it, then attach again",
+        )
+    if spec.snapshot:
+        await open_snapshot(
+            spec, wanted, str(held.known().overlay), session, held.environment, held.source_calls, timeout
+        )
+    size = (await session.node_names())[blockdev.DISK]
+    if size == 0 or size % spec.logical_block_size:
+        raise StoragedError(
+            ErrorCode.INVALID_SIZE, f"the disk has {size} bytes",
+            cause=f"that is no multiple of its logical block size {spec.logical_block_size}" if size else "",
+            hint="resize the image (qemu-img resize), or say another -o logical-block-size",
+        )
+    device = held.known().device
+    had = disk.size(device) if device is not None else 0
+    if had not in (0, size):
+        raise StoragedError(
+            ErrorCode.SOURCE_CHANGED, f"the disk has {size} bytes by now, its device {had}",
+            hint="bring the old size back; or detach the volume (--force) and attach it again",
+        )
+    # Once it is exported it may acknowledge writes.
+    await held.note(size=size, settled=False)
+
+
+async def export(held: Holding, timeout: float) -> None:
+    """Export the disk, as the record says."""
+    record, session = held.known(), await held.qsd.session()
+    if await session.has_export(blockdev.EXPORT):
+        # The host's end of it is gone (somebody unmounted it); QSD has not noticed.
+        await session.delete_export(blockdev.EXPORT, timeout=timeout)
+    if record.socket is not None or record.served_by is not None:
+        # What stood on an earlier export: it has to be made, or connected, anew.
+        await held.note(socket=None, served_by=None)
+    await held.transport.prepare(held.site, record, timeout)
+    options = held.transport.export(held.site, record)
+    if record.spec.options.get("cache") in ("writethrough", "directsync"):
+        options["writethrough"] = True
+    await session.add_export(options, timeout=timeout)
