@@ -27,7 +27,7 @@ def direct_write(fd: int, offset: int, data: bytes) -> None:
 def reader(device: str) -> Iterator[subprocess.Popen[bytes]]:
     """A process that waits in the kernel for the device."""
     with subprocess.Popen(
-        ["dd", f"if={device}", "of=/dev/null", "bs=4k", "iflag=direct"], stderr=subprocess.DEVNULL
+        ["dd", f"if={device}", "of=/dev/null", "bs=4k", "iflag=direct", "count=64"], stderr=subprocess.DEVNULL
     ) as process:
         eventually(lambda: " D " in Path(f"/proc/{process.pid}/stat").read_text(), "the reader waits")
         yield process

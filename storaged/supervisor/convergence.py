@@ -22,8 +22,6 @@ from storaged.supervisor.journal import Journal
 
 log = logging.getLogger("storaged.volume")
 
-#: Seconds after which QSD of an online volume is asked, too, whether it is well: that costs a thousand times more.
-_ASK_EVERY = 60.0
 #: The same step this often in a row means that it has no effect.
 _MOST_REPEATS = 3
 #: States in which a volume is what was asked for, or as good as its storage lets it be.
@@ -154,7 +152,7 @@ class Convergence(Actor):
         if state is State.ONLINE and self._health.condition is None:
             self._journal.end_pause("online again")
         if state in _SETTLED:
-            self._ask_after = time.monotonic() + _ASK_EVERY * random.uniform(0.9, 1.1)
+            self._ask_after = time.monotonic() + self._health.ask_every * random.uniform(0.9, 1.1)
             self.failure = None
             if self._setbacks and time.monotonic() - self.attachment.qsd.started_at > STABLE_AFTER:
                 self._setbacks = 0

@@ -9,6 +9,10 @@ from storaged.host import disk, process, tcp
 from storaged.model.health import STALLED_AFTER, STOPPED, Condition, Progress, Reaction, Standstill, judge, policy_for
 from storaged.supervisor.holding import Holding
 
+#: Seconds after which QSD of an online volume is asked, too: that costs a thousand times more than a look.
+_ASK_EVERY = 60.0
+#: Seconds of a standstill after which it is asked at once.
+_SUSPICIOUS = 2.0
 #: Seconds between two samples that tell at once whether anything moves.
 _PROBE = 0.3
 #: Seconds for an answer of a QSD whose device stands still; one that takes longer is ended without one.
@@ -36,6 +40,12 @@ class Health:
         return min(STALLED_AFTER, policy.after) if policy is not None and policy.after else STALLED_AFTER
 
     @property
+    def ask_every(self) -> float:
+        """Seconds after which QSD of a volume that looks well is asked, too."""
+        policy = self._held.spec.on_hang
+        return min(_ASK_EVERY, policy.after) if policy is not None and policy.after else _ASK_EVERY
+
+    @property
     def look_every(self) -> float:
         """Seconds between two looks, at most, so that the policies come about in time."""
         after = [policy.after for policy in (self._held.spec.on_hang, self._held.spec.on_stall) if policy]
@@ -50,13 +60,13 @@ class Health:
         return condition.policy.reaction
 
     def glance(self) -> bool:
-        """Sample the device, and say whether it moves, or has nothing to do. Never blocks."""
+        """Sample the device, and say whether it moves, or has nothing to do, or may soon. Never blocks."""
         progress = self._sample()
         if progress is not None:
             self._in_flight = progress.in_flight
         self.standstill = self._clock.update(progress, time.monotonic())
         self._held.stalled = self.standstill >= self.patience
-        return not self._held.stalled
+        return self.standstill < _SUSPICIOUS
 
     async def probe(self) -> None:
         """Before all I/O is ended: find out within a moment what nobody needs to wait for. Raises HOST_STUCK.

@@ -25,7 +25,7 @@ log = logging.getLogger("storaged.volume")
 #: Looks are spread, and in steps of so many seconds (see Volume._when_to_look).
 _LOOK_STEP = 2.5
 #: Seconds between two looks at a volume of which something stands still.
-_TROUBLE_LOOK = 2.5
+_TROUBLE_LOOK = 1.0
 #: Seconds between two looks at a volume whose QSD does not answer.
 _HUNG_LOOK = 5.0
 #: Seconds between two looks at a volume that is not online, at least.
@@ -148,7 +148,7 @@ class Volume(Convergence):
         if condition is not None and condition.acts_at is not None:
             return now + min(_HUNG_LOOK, max(0.05, condition.acts_at - time.time()))
         if self.state is State.STALLED or (self.state is State.ONLINE and self._health.standstill > 0):
-            return now + min(_TROUBLE_LOOK, max(0.5, self._health.patience / 3))
+            return now + min(_TROUBLE_LOOK, self._health.patience / 3)
         if self.state in (State.ONLINE, State.RESCUED):
             every = self._health.look_every
             step = min(_LOOK_STEP, every)
