@@ -63,8 +63,9 @@ def progress(device: str) -> Progress | None:
 
     Of Documentation/block/stat.rst: fields 1, 5, 12 and 16 count the reads, writes, discards and flushes that ended,
     well or not; field 9 is what is in flight. Not the attribute ``inflight``: since Linux 6.16 that leaves out what
-    waits in a scheduler or for a flush, and before, both count the same. What neither has before 6.16 is a flush with
-    nothing beside it (blk_mq_check_inflight in block/blk-mq.c); nor does anything count when ``queue/iostats`` is 0.
+    the driver does not have yet; before, both counted the same (block/genhd.c). Linux 6.1 does not count a flush that
+    has nothing beside it (blk_mq_check_inflight in block/blk-mq.c); that of Debian 13, 6.12, does. Nothing is counted
+    where ``queue/iostats`` is 0.
     """
     try:
         fields = [int(field) for field in (attribute(device, "stat") or "").split()]
