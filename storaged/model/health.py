@@ -38,11 +38,13 @@ class Trouble(StrEnum):
     BACKEND_SILENT = "backend-silent"
     #: As before, and a TCP peer of QSD acknowledges nothing.
     NETWORK_AWAY = "network-away"
+    #: QSD is dead, no successor can be had, and the device waits for one.
+    NO_SERVER = "no-server"
 
     @property
     def of_backend(self) -> bool:
-        """Whether QSD itself is well: what is behind it does not answer."""
-        return self in (Trouble.BACKEND_SILENT, Trouble.NETWORK_AWAY)
+        """Whether QSD is not to blame: what is behind it does not answer, or cannot be opened."""
+        return self in (Trouble.BACKEND_SILENT, Trouble.NETWORK_AWAY, Trouble.NO_SERVER)
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,8 @@ def policy_for(
     acknowledged writes that die with it. ``bridged``: requests wait without an error while there is no QSD.
     """
     if trouble.of_backend:
+        if trouble is Trouble.NO_SERVER and on_stall is not None and on_stall.reaction is Reaction.RESTART:
+            return WAIT  # that is tried all the time
         return on_stall or WAIT  # the data is worth more than the wait
     if trouble is Trouble.QSD_OPENING:
         return WAIT  # opening has a deadline of its own
@@ -184,6 +188,7 @@ _MEANINGS = {
     Trouble.QSD_SILENT: "qemu-storage-daemon does not answer",
     Trouble.BACKEND_SILENT: "the storage below answers no request",
     Trouble.NETWORK_AWAY: "the storage below is not reached over the network",
+    Trouble.NO_SERVER: "the device waits, and no qemu-storage-daemon can serve it",
 }
 
 _ADVICE = {
@@ -196,6 +201,8 @@ _ADVICE = {
     "with errors",
     Trouble.NETWORK_AWAY: "look at the network and at the server: requests go on when it is back; "
     "storaged rescue {name} ends them with errors",
+    Trouble.NO_SERVER: "mend what the failure names: it is tried again by itself; storaged rescue {name} ends what "
+    "waits with errors",
 }
 
 

@@ -149,7 +149,8 @@ class Convergence(Actor):
             state = State.FAILED
         if state in (State.ONLINE, State.STALLED):
             self._was_online = True
-        if state is State.ONLINE and self._health.condition is None:
+        if state is State.ONLINE:
+            self._health.condition = None
             self._journal.end_pause("online again")
         if state in _SETTLED:
             self._ask_after = time.monotonic() + self._health.ask_every * random.uniform(0.9, 1.1)

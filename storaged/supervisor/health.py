@@ -6,7 +6,17 @@ import asyncio
 import time
 
 from storaged.host import disk, process, tcp
-from storaged.model.health import STALLED_AFTER, STOPPED, Condition, Progress, Reaction, Standstill, judge, policy_for
+from storaged.model.health import (
+    STALLED_AFTER,
+    STOPPED,
+    Condition,
+    Progress,
+    Reaction,
+    Standstill,
+    Trouble,
+    judge,
+    policy_for,
+)
 from storaged.supervisor.holding import Holding
 
 #: Seconds after which QSD of an online volume is asked, too: that costs a thousand times more than a look.
@@ -32,6 +42,7 @@ class Health:
         self._held = held
         self._clock = Standstill()
         self._in_flight = 0
+        self._began = 0.0
 
     @property
     def patience(self) -> float:
@@ -52,12 +63,11 @@ class Health:
         return min(15.0, *(max(1.0, seconds / 3) for seconds in after if seconds), 15.0)
 
     @property
-    def due(self) -> Reaction | None:
-        """What the policy says is to be done by now."""
-        condition = self.condition
-        if condition is None or condition.acts_at is None or time.time() < condition.acts_at:
+    def due_in(self) -> float | None:
+        """Seconds until the policy is to be carried out; None where it is to wait, or nothing is wrong."""
+        if self.condition is None or self.condition.policy.reaction is Reaction.WAIT:
             return None
-        return condition.policy.reaction
+        return max(0.0, self._began + self.condition.policy.after - time.monotonic())
 
     def glance(self) -> bool:
         """Sample the device, and say whether it moves, or has nothing to do, or may soon. Never blocks."""
@@ -86,10 +96,16 @@ class Health:
         elif held.stalled:
             await held.qsd.ask(_QUICK_ANSWER)
 
-    async def examine(self) -> None:
-        """Judge the present trouble, if there is one. Raises HOST_STUCK."""
+    async def examine(self, waits: str | None) -> None:
+        """Judge the present trouble, if there is one. Raises HOST_STUCK.
+
+        ``waits``: the device waits for a QSD, and this is why none could be had; None where it does not.
+        """
         self.glance()
         held = self._held
+        if waits is not None and not held.qsd.alive:
+            self._set(Trouble.NO_SERVER, time.monotonic() - held.qsd.died_at if held.qsd.died_at else 0.0, waits)
+            return
         if held.record is None or held.record.process is None or not held.qsd.alive or held.record.rescue:
             self.condition = None
             return
@@ -107,16 +123,22 @@ class Health:
             self.condition = None
             return
         lasted = max(self.standstill if held.stalled else 0.0, 0.0 if silent is None else time.monotonic() - silent)
-        since = time.time() - lasted
-        if self.condition is not None and self.condition.trouble is trouble:
-            since = min(since, self.condition.since)
         detail = f"it has not answered since; its threads are in state {''.join(sorted(set(threads)))}"
         if trouble.of_backend:
             detail = f"of {self._in_flight} requests in flight none ends"
             if peers:
                 detail += f", and {', '.join(peers)} acknowledges nothing"
+        self._set(trouble, lasted, detail)
+
+    def _set(self, trouble: Trouble, lasted: float, detail: str) -> None:
+        held, now = self._held, time.monotonic()
+        began = now - lasted
+        if self.condition is not None and self.condition.trouble is trouble:
+            began = min(began, self._began)
+        # By the clock that nobody sets: a policy must not be due because somebody did.
+        self._began = began
         self.condition = Condition(
-            trouble, since, detail,
+            trouble, time.time() - (now - began), detail,
             policy_for(
                 trouble, held.spec.on_hang, held.spec.on_stall, loses_writes=held.spec.keeps_writes_in_memory,
                 bridged=held.transport.bridges,

@@ -144,9 +144,9 @@ class Volume(Convergence):
         now = time.monotonic()
         if self.attachment.qsd.last_death is not None:
             return now
-        condition = self.condition
-        if condition is not None and condition.acts_at is not None:
-            return now + min(_HUNG_LOOK, max(0.05, condition.acts_at - time.time()))
+        due_in = self._health.due_in
+        if due_in is not None and self.goal is Goal.ATTACHED:
+            return now + min(_HUNG_LOOK, max(0.05, due_in))
         if self.state is State.STALLED or (self.state is State.ONLINE and self._health.standstill > 0):
             return now + min(_TROUBLE_LOOK, self._health.patience / 3)
         if self.state in (State.ONLINE, State.RESCUED):
@@ -179,7 +179,7 @@ class Volume(Convergence):
     async def _look(self) -> None:
         if self._adoption_refused:
             return
-        silence: StoragedError | None = None
+        failure: StoragedError | None = None
         try:
             if self.state in _USABLE and self.attachment.looks_well() and await self.attachment.answers():
                 self._health.glance()
@@ -187,15 +187,12 @@ class Volume(Convergence):
             else:
                 await self._mend()
         except StoragedError as error:
-            if error.code is not ErrorCode.QSD_SILENT:
-                raise
-            silence = error
-        await self._examine()
-        due = self._health.due
-        if due is not None and self.goal is Goal.ATTACHED:
-            await self._react(due)
-        elif silence is not None:
-            raise silence
+            failure = error
+        await self._examine(failure or self.failure)
+        if self._health.due_in == 0 and self.goal is Goal.ATTACHED:
+            await self._react()
+        elif failure is not None:
+            raise failure
 
     async def _mend(self) -> None:
         """Do what the plan says, but not at once after repeated deaths."""
@@ -220,10 +217,11 @@ class Volume(Convergence):
         log.warning("%s", death)
         self._emit("failure", str(death))
 
-    async def _examine(self) -> None:
-        """Tell hangs apart, and keep what is found."""
+    async def _examine(self, failure: StoragedError | None) -> None:
+        """Tell hangs apart, and keep what is found. ``failure``: what the volume fails with at the moment."""
         before = self.condition
-        await self._health.examine()
+        waits = failure is not None and self.goal is Goal.ATTACHED and self.seen.device is Device.UNSERVED
+        await self._health.examine(str(failure) if waits else None)
         now = self.condition
         if self.goal is Goal.ATTACHED and self.state in _USABLE:
             self._settle()
@@ -238,19 +236,16 @@ class Volume(Convergence):
                 "volume %s: %s [%s]: %s; %s", self.name, meaning(now.trouble), now.trouble, now.detail,
                 advice(now.trouble, self.name, pid),
             )
-        if before is not None and now is None and self.state is State.ONLINE:
-            self._journal.end_pause(f"it goes on: {meaning(before.trouble)} no longer")
 
-    async def _react(self, reaction: Reaction) -> None:
+    async def _react(self) -> None:
         """The time that a policy gives is over."""
         condition = self.condition
-        if condition is None:
-            return
+        assert condition is not None
         why = f"{meaning(condition.trouble)} since {time.time() - condition.since:.0f} s, and its policy is"
         why += f" {condition.policy}"
         log.warning("volume %s: %s", self.name, why)
         self._emit("note", why)
-        if reaction is Reaction.FAIL:
+        if condition.policy.reaction is Reaction.FAIL:
             bridged = self.attachment.transport.bridges and self.seen.device is not Device.NONE
             self._journal.add(Happening.RESCUE, why)
             await self._end_io(Goal.FAILING if bridged else Goal.RELEASED, None)

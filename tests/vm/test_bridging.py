@@ -11,7 +11,7 @@ import pytest
 
 from storaged.errors import ErrorCode
 from tests.harness import Daemon, error_of, eventually, image, mounted, reads, run
-from tests.trouble import BLOCK, PATTERN, direct_write, kinds, reader
+from tests.trouble import BLOCK, PATTERN, direct_write, kinds, reader, trouble
 
 BRIDGING = ("vduse", "nbd")
 
@@ -123,4 +123,19 @@ def test_an_upgrade_under_io_is_a_pause(daemon: Daemon, place: Path, transport: 
     assert reads(device, 32 << 20, BLOCK) == b"w" * BLOCK
     assert "upgrade" in kinds(daemon)
     assert "death" not in kinds(daemon)
+    daemon.detach("a")
+
+
+def test_by_policy_a_device_without_a_source_is_given_up(daemon: Daemon, place: Path, transport: str) -> None:
+    source = image(place / "a.raw", "raw")
+    device = daemon.device("a", source, transport=transport, options={"on-stall": "fail-after:4"})
+    os.rename(source, place / "away")
+    daemon.kill_qsd("a")
+    with reader(device) as process:
+        eventually(lambda: trouble(daemon) == "no-server", "it is found out")
+        eventually(lambda: daemon.show("a")["state"] == "rescued", "rescued", timeout=60)
+        assert process.wait(20) != 0
+    os.rename(place / "away", source)
+    assert daemon.call("Resume", name="a")["volume"]["device"] == device
+    reads(device, 0, BLOCK)
     daemon.detach("a")
