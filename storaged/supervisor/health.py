@@ -41,7 +41,8 @@ class Health:
         """Seconds for which requests have been in flight and none has ended."""
         self._held = held
         self._clock = Standstill()
-        self._in_flight = 0
+        self.in_flight = 0
+        """Requests in flight when the device was sampled last."""
         self._began = 0.0
 
     @property
@@ -73,7 +74,7 @@ class Health:
         """Sample the device, and say whether it moves, or has nothing to do, or may soon. Never blocks."""
         progress = self._sample()
         if progress is not None:
-            self._in_flight = progress.in_flight
+            self.in_flight = progress.in_flight
         self.standstill = self._clock.update(progress, time.monotonic())
         self._held.stalled = self.standstill >= self.patience
         return self.standstill < _SUSPICIOUS
@@ -84,6 +85,7 @@ class Health:
         That is requests in flight of which none ends, and a QSD that is stopped or gives no answer at once.
         """
         held, first = self._held, self._sample()
+        self.in_flight = first.in_flight if first is not None else 0
         if not held.stalled and first is not None and first.in_flight:
             await asyncio.sleep(_PROBE)  # nothing tells that nothing happens
             second = self._sample()
@@ -125,7 +127,7 @@ class Health:
         lasted = max(self.standstill if held.stalled else 0.0, 0.0 if silent is None else time.monotonic() - silent)
         detail = f"it has not answered since; its threads are in state {''.join(sorted(set(threads)))}"
         if trouble.of_backend:
-            detail = f"of {self._in_flight} requests in flight none ends"
+            detail = f"of {self.in_flight} requests in flight none ends"
             if peers:
                 detail += f", and {', '.join(peers)} acknowledges nothing"
         self._set(trouble, lasted, detail)

@@ -357,7 +357,8 @@ class Volume(Convergence):
         if keep:
             replacing.refuse_to_keep(self.attachment)
         await self._health.probe()
-        self._journal.add(Happening.RESCUE, "asked for" + (", the device stays and fails" if keep else ""))
+        what = "the device stays and fails" if keep else "the device goes"
+        self._journal.add(Happening.RESCUE, f"asked for: {self._health.in_flight} requests were in flight, {what}")
         await self._end_io(Goal.FAILING if keep else Goal.RELEASED, notes)
 
     async def _end_io(self, goal: Goal, notes: list[str] | None) -> None:
@@ -401,7 +402,8 @@ class Volume(Convergence):
             # The old one goes on.
             await self._converge()
             raise
-        self._journal.begin_pause(began)
+        if self.attachment.transport.bridges:
+            self._journal.begin_pause(began)
         await self._converge()
         self._journal.add(Happening.UPGRADE, f"from {before} to {self._version()}", time.monotonic() - began)
 

@@ -177,6 +177,26 @@ def test_a_detach_by_force_lets_a_guest_wait_until_the_volume_is_back(daemon: Da
     assert source.read_bytes()[:65536] == b"B\n" * 32768
 
 
+def test_a_rescue_takes_the_socket_away_and_a_resume_brings_it_back(daemon: Daemon, place: Path) -> None:
+    source = image(place / "a.raw", "raw")
+    path = attach(daemon, source)
+    assert error_of(lambda: daemon.call("Rescue", name="a", keep=True)).code is ErrorCode.UNSUPPORTED
+    with guest(place / "vm", vhost_user(path)) as machine:
+        error = error_of(lambda: daemon.call("Upgrade", name="a"))
+        assert error.code is ErrorCode.UNSUPPORTED
+        is_used_by(daemon, machine)
+        (note,) = daemon.call("Rescue", name="a")["notes"]
+        assert f"process {machine.process.pid} (" in note
+        assert not os.path.exists(path)
+        assert daemon.show("a")["state"] == "rescued"
+        assert daemon.call("Resume", name="a")["volume"]["socket"] == path
+        machine.run("yes B | dd of=/dev/vda bs=4k count=16 iflag=fullblock conv=fsync")
+    before = daemon.qsd("a")
+    assert daemon.call("Upgrade", name="a")["volume"]["qsd_pid"] != before
+    daemon.detach("a")
+    assert source.read_bytes()[:65536] == b"B\n" * 32768
+
+
 def test_a_guest_goes_on_when_the_daemon_is_killed_and_the_next_one_takes_over(daemon: Daemon, place: Path) -> None:
     path = attach(daemon, image(place / "a.raw", "raw"))
     with guest(place / "vm", vhost_user(path)) as machine:
