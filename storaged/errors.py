@@ -37,6 +37,7 @@ class ErrorCode(StrEnum):
     DEVICE_IN_USE = "device-in-use"
     DEVICE_FAILED = "device-failed"
     FLUSH_FAILED = "flush-failed"
+    RECONNECT_LOG_LOST = "reconnect-log-lost"
     NO_SPACE = "no-space"
     STATE_DAMAGED = "state-damaged"
     ADOPTION_REFUSED = "adoption-refused"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -20,38 +20,9 @@ _CONNECT, _DISCONNECT, _RECONFIGURE, _LINK_DEAD, _STATUS = 1, 2, 3, 4, 5
 _GONE_PATIENCE = 10.0
 _FORCED_GONE_PATIENCE = 1.0
 _GONE_STEP = 0.005
-
-
-class _Message(netlink.Message):
-    """The family's attributes."""
-
-    nla_map = (
-        ("NBD_ATTR_UNSPEC", "none"),
-        ("NBD_ATTR_INDEX", "uint32"),
-        ("NBD_ATTR_SIZE_BYTES", "uint64"),
-        ("NBD_ATTR_BLOCK_SIZE_BYTES", "uint64"),
-        ("NBD_ATTR_TIMEOUT", "uint64"),
-        ("NBD_ATTR_SERVER_FLAGS", "uint64"),
-        ("NBD_ATTR_CLIENT_FLAGS", "uint64"),
-        ("NBD_ATTR_SOCKETS", "sockets"),
-        ("NBD_ATTR_DEAD_CONN_TIMEOUT", "uint64"),
-        ("NBD_ATTR_DEVICE_LIST", "devices"),
-        ("NBD_ATTR_BACKEND_IDENTIFIER", "asciiz"),
-    )
-
-    class sockets(netlink.Attribute):
-        nla_map = (("NBD_SOCK_ITEM_UNSPEC", "none"), ("NBD_SOCK_ITEM", "item"))
-
-        class item(netlink.Attribute):
-            nla_map = (("NBD_SOCK_UNSPEC", "none"), ("NBD_SOCK_FD", "uint32"))
-
-    class devices(netlink.Attribute):
-        nla_map = (("NBD_DEVICE_ITEM_UNSPEC", "none"), ("NBD_DEVICE_ITEM", "item"))
-
-        class item(netlink.Attribute):
-            nla_map = (
-                ("NBD_DEVICE_UNSPEC", "none"), ("NBD_DEVICE_INDEX", "uint32"), ("NBD_DEVICE_CONNECTED", "uint8"),
-            )
+#: Devices whose disconnection the kernel was asked for and has not answered.
+_disconnecting: set[str] = set()
+_disconnecting_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -83,7 +54,7 @@ def connect(
     DEVICE_FAILED.
     """
     try:
-        answers = netlink.request("nbd", _Message, _CONNECT, [
+        answers = netlink.request("nbd", _CONNECT, [
             ("NBD_ATTR_SIZE_BYTES", told.size),
             ("NBD_ATTR_BLOCK_SIZE_BYTES", block_size),
             ("NBD_ATTR_SERVER_FLAGS", told.flags),
@@ -91,7 +62,7 @@ def connect(
             ("NBD_ATTR_DEAD_CONN_TIMEOUT", timeouts.dead_connection),
             ("NBD_ATTR_BACKEND_IDENTIFIER", identifier),
             _sockets(sockets),
-        ])
+        ], [sock.fileno() for sock in sockets])
     except OSError as error:
         if error.errno in (errno.ENOMEM, errno.ENOSPC, errno.EBUSY):
             raise StoragedError(
@@ -103,8 +74,7 @@ def connect(
             cause=error.strerror or str(error), hint="see dmesg",
         ) from error
     for answer in answers:
-        index = answer.get_attr("NBD_ATTR_INDEX")
-        if index is not None:
+        for index in answer.find("NBD_ATTR_INDEX"):
             return Disk(f"/dev/nbd{index}", disk.diskseq(f"/dev/nbd{index}"))
     # The answer was lost: the kernel shows what became of it.
     found = find(identifier)
@@ -120,13 +90,13 @@ def reconnect(device: str, identifier: str, sockets: Sequence[socket.socket], ti
     device is gone or another backend's.
     """
     try:
-        netlink.request("nbd", _Message, _RECONFIGURE, [
+        netlink.request("nbd", _RECONFIGURE, [
             ("NBD_ATTR_INDEX", _index(device)),
             ("NBD_ATTR_BACKEND_IDENTIFIER", identifier),
             ("NBD_ATTR_TIMEOUT", timeouts.request),
             ("NBD_ATTR_DEAD_CONN_TIMEOUT", timeouts.dead_connection),
             _sockets(sockets),
-        ])
+        ], [sock.fileno() for sock in sockets])
     except OSError as error:
         raise StoragedError(
             ErrorCode.DEVICE_FAILED, f"{device} cannot be reconnected", cause=error.strerror or str(error),
@@ -137,18 +107,29 @@ def reconnect(device: str, identifier: str, sockets: Sequence[socket.socket], ti
 def disconnect(device: str, identifier: str) -> None:
     """End a device, whoever uses it: requests in flight fail. Blocks; see :func:`wait_gone` for its end.
 
-    Does nothing where the device is gone or another backend's by now. Raises DEVICE_FAILED.
+    Does nothing where the device is gone or another backend's by now. Raises DEVICE_FAILED, HOST_STUCK.
     """
-    if backend(device) != identifier:
-        return
+    with _disconnecting_lock:
+        if device in _disconnecting:
+            # The kernel takes a number. A second one that comes late would end whatever has the number by then.
+            raise StoragedError(
+                ErrorCode.HOST_STUCK, f"{device} cannot be disconnected", cause="an earlier disconnection still hangs",
+                hint="a device without a server holds up all netlink; look for D-state processes in ps",
+            )
+        if backend(device) != identifier:
+            return
+        _disconnecting.add(device)
     try:
-        netlink.request("nbd", _Message, _DISCONNECT, [("NBD_ATTR_INDEX", _index(device))])
+        netlink.request("nbd", _DISCONNECT, [("NBD_ATTR_INDEX", _index(device))])
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENODEV, errno.ENOENT):  # gone already
             raise StoragedError(
                 ErrorCode.DEVICE_FAILED, f"{device} cannot be disconnected", cause=error.strerror or str(error),
                 hint="see dmesg",
             ) from error
+    finally:
+        with _disconnecting_lock:
+            _disconnecting.discard(device)
 
 
 def wait_gone(device: str, identifier: str) -> None:
@@ -178,25 +159,26 @@ def _is_gone(device: str, identifier: str, patience: float) -> bool:
 
 def connected(device: str) -> bool:
     """Ask the kernel whether the device is set up; true for one whose server is dead, too. Blocks."""
-    for answer in netlink.request("nbd", _Message, _STATUS, [("NBD_ATTR_INDEX", _index(device))]):
-        devices = answer.get_attr("NBD_ATTR_DEVICE_LIST")
-        for item in devices.get_attrs("NBD_DEVICE_ITEM") if devices is not None else []:
-            if item.get_attr("NBD_DEVICE_INDEX") == _index(device):
-                return bool(item.get_attr("NBD_DEVICE_CONNECTED"))
+    for answer in netlink.request("nbd", _STATUS, [("NBD_ATTR_INDEX", _index(device))]):
+        for item in answer.find("NBD_ATTR_DEVICE_LIST", "NBD_DEVICE_ITEM"):
+            told = dict(item["attrs"])
+            if told.get("NBD_DEVICE_INDEX") == _index(device):
+                return bool(told.get("NBD_DEVICE_CONNECTED"))
     return False
 
 
 def watch_dead_links(tell: Callable[[str], None]) -> None:
-    """Call ``tell`` with the device each time the kernel loses a connection (group nbd_mc_group). Never returns.
+    """Call ``tell`` with the device each time the kernel loses a connection (group nbd_mc_group).
 
-    Raises TRANSPORT_UNAVAILABLE where the kernel has no NBD (yet).
+    Returns when somebody else begins to watch. Raises OSError, TRANSPORT_UNAVAILABLE where the kernel has no NBD (yet).
     """
-    with contextlib.closing(netlink.listen("nbd", _Message, "nbd_mc_group")) as listener:
-        while True:
-            for message in listener.get():
-                index = message.get_attr("NBD_ATTR_INDEX")
-                if message["cmd"] == _LINK_DEAD and index is not None:
-                    tell(f"/dev/nbd{index}")
+    listener = netlink.listen("nbd", "nbd_mc_group")
+    try:
+        for message in listener:
+            for index in message.find("NBD_ATTR_INDEX") if message.command == _LINK_DEAD else ():
+                tell(f"/dev/nbd{index}")
+    finally:
+        listener.close()
 
 
 def module_number() -> int:
@@ -225,8 +207,10 @@ def find(identifier: str, ignore: Collection[str] = ()) -> Disk | None:
 
 
 def _sockets(sockets: Sequence[socket.socket]) -> tuple[str, object]:
-    items = [["NBD_SOCK_ITEM", {"attrs": [["NBD_SOCK_FD", sock.fileno()]]}] for sock in sockets]
-    return ("NBD_ATTR_SOCKETS", {"attrs": items})
+    items = [
+        ("NBD_SOCK_ITEM", netlink.nested([("NBD_SOCK_FD", netlink.descriptor(index))])) for index in range(len(sockets))
+    ]
+    return ("NBD_ATTR_SOCKETS", netlink.nested(items))
 
 
 def _index(device: str) -> int:

@@ -1,101 +1,143 @@
-"""Generic netlink requests (Documentation/userspace-api/netlink in the kernel). The only importer of pyroute2.
+"""Generic netlink requests (Documentation/userspace-api/netlink in the kernel), made by a worker (host/worker.py).
 
-All of it blocks: sendmsg(2) runs the kernel's handler, which holds the lock of its family, and returns when it is
-done. So: in a thread with a deadline, never on the event loop, which under uvloop could not have such a socket anyway.
+The kernel runs a request's handler within sendmsg(2), under a lock that most families share, and returns when it is
+done: one device that hangs holds up all of them, and whoever asks then cannot even be killed. So this process never
+asks itself.
 """
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from pyroute2.netlink import NLM_F_ACK, NLM_F_REQUEST, genlmsg, nla
-from pyroute2.netlink.exceptions import NetlinkError
-from pyroute2.netlink.generic import GenericNetlinkSocket
-
 from storaged.errors import ErrorCode, StoragedError
+from storaged.host.worker import WORKERS, Worker, result_of
 
+#: Names and values; a value is a number, a text, attributes made by :func:`nested`, or a :func:`descriptor`.
 Attributes = Sequence[tuple[str, Any]]
 #: Families that this process can speak to. When one goes with its module, :func:`request` says so.
 _seen: set[str] = set()
 
 
-class Message(genlmsg):
-    """A message of some family: a subclass names its attributes."""
+@dataclass(frozen=True)
+class Answer:
+    """A message of the kernel."""
+
+    command: int
+    attributes: tuple[tuple[str, Any], ...]
+
+    def find(self, *names: str) -> list[Any]:
+        """Return the values of an attribute; with more names, of one that is nested in others."""
+        return list(_find(self.attributes, names))
 
 
-class Attribute(nla):
-    """An attribute with attributes in it."""
+def _find(attributes: Any, names: Sequence[str]) -> Iterator[Any]:
+    for name, value in attributes:
+        if name == names[0]:
+            if len(names) == 1:
+                yield value
+            else:
+                yield from _find(value["attrs"], names[1:])
 
 
-class _Socket(GenericNetlinkSocket):
-    """A socket for one request."""
+def nested(attributes: Attributes) -> dict[str, Any]:
+    """The value of an attribute with attributes in it."""
+    return {"attrs": [list(attribute) for attribute in attributes]}
 
 
-class _NoComplaints(GenericNetlinkSocket.async_class):
-    # A family that is missing is our caller's to tell; pyroute2 would log it as an error of its own.
-    module_err_level = "debug"
+def descriptor(index: int) -> dict[str, int]:
+    """The value of an attribute that is a descriptor: that of this index among those given to :func:`request`."""
+    return {"descriptor": index}
 
 
-_Socket.async_class = _NoComplaints
+def start() -> None:
+    """Have the worker started, which takes a while, without waiting for it."""
+    WORKERS.start()
 
 
 def has_family(family: str) -> bool:
-    """Whether the kernel has a generic netlink family of that name. One that was seen is not looked for again."""
+    """Whether the kernel has a generic netlink family of that name. One that was seen is not looked for again.
+
+    Blocks. Raises OSError, HOST_STUCK.
+    """
     if family in _seen:
         return True
-    with _Socket() as socket:
-        try:
-            socket.bind(family, Message)
-        except NetlinkError as error:
-            if error.code == errno.ENOENT:
-                return False
-            raise OSError(error.code, error.args[-1]) from error
+    try:
+        WORKERS.call({"family": family})
+    except StoragedError as error:
+        if error.code is ErrorCode.TRANSPORT_UNAVAILABLE:
+            return False
+        raise
     _seen.add(family)
     return True
 
 
-def request(family: str, message: type[Message], command: int, attributes: Attributes) -> list[Any]:
-    """Send one command and return the answers. Blocks for as long as the kernel takes.
+def request(family: str, command: int, attributes: Attributes, descriptors: Sequence[int] = ()) -> list[Answer]:
+    """Send one command and return the answers. Blocks for as long as the kernel takes; this process can end meanwhile.
 
-    Raises OSError with the kernel's errno, TRANSPORT_UNAVAILABLE where the kernel has no such family.
+    If it ends, a request that still waits for its turn is not called off, but its descriptors are of no use any more.
+    Raises OSError with the kernel's errno, TRANSPORT_UNAVAILABLE where the kernel has no such family, HOST_STUCK where
+    too many earlier requests hang.
     """
-    with _Socket() as socket:
+    answers = WORKERS.call({"netlink": [family, command, [list(pair) for pair in attributes]]}, descriptors)
+    return [_answer(packet) for packet in answers]
+
+
+def _answer(packet: Any) -> Answer:
+    return Answer(packet[0], tuple((name, value) for name, value in packet[1]))
+
+
+class Listener:
+    """A member of a multicast group, by a worker of its own."""
+
+    def __init__(self, family: str, group: str) -> None:
+        """Blocks until it is one. Raises OSError, TRANSPORT_UNAVAILABLE."""
+        self._closed = False
+        self._worker = Worker()
         try:
-            socket.bind(family, message)
-        except NetlinkError as error:
-            if error.code != errno.ENOENT:
-                raise OSError(error.code, error.args[-1]) from error
-            raise StoragedError(
-                ErrorCode.TRANSPORT_UNAVAILABLE, f"this kernel has no netlink family {family!r}",
-                cause="its module is not loaded, or this is a network namespace or container without it",
-                hint="storaged doctor says what is missing",
-            ) from error
-        question = message()
-        question["cmd"] = command
-        question["version"] = 1
-        question["attrs"] = [list(attribute) for attribute in attributes]
-        try:
-            return list(socket.nlm_request(question, msg_type=socket.prid, msg_flags=NLM_F_REQUEST | NLM_F_ACK))
-        except NetlinkError as error:
-            raise OSError(error.code, error.args[-1]) from error
+            self._worker.send({"listen": [family, group]})
+            result_of(self._worker.receive())
+        except BaseException:
+            self._worker.close()
+            raise
+
+    def __iter__(self) -> Iterator[Answer]:
+        """Yield what the kernel tells, until :meth:`close`. Raises OSError when the worker dies."""
+        while True:
+            try:
+                answer = self._worker.receive()
+            except OSError:
+                if not self._closed:
+                    raise
+                answer = None
+            if self._closed:
+                return
+            if answer is None or "event" not in answer:
+                result_of(answer)
+            else:
+                yield _answer(answer["event"])
+
+    def close(self) -> None:
+        """End it, also while another thread waits for the next message."""
+        self._closed = True
+        self._worker.close()
 
 
-def listen(family: str, message: type[Message], group: str) -> Any:
-    """Return a socket that is a member of a family's multicast group; its ``get()`` blocks for messages.
+_listeners: dict[tuple[str, str], Listener] = {}
+_listeners_lock = threading.Lock()
 
-    Raises TRANSPORT_UNAVAILABLE where the kernel has no such family.
+
+def listen(family: str, group: str) -> Listener:
+    """Become a member of a family's multicast group. An earlier membership ends: its module may have been unloaded.
+
+    Blocks. Raises OSError, TRANSPORT_UNAVAILABLE where the kernel has no such family.
     """
-    socket = _Socket()
-    try:
-        socket.bind(family, message)
-        socket.add_membership(group)
-    except BaseException as error:
-        socket.close()
-        if isinstance(error, NetlinkError):
-            raise StoragedError(
-                ErrorCode.TRANSPORT_UNAVAILABLE, f"this kernel has no netlink family {family!r}"
-            ) from error
-        raise
-    return socket
+    listener = Listener(family, group)
+    with _listeners_lock:
+        former = _listeners.pop((family, group), None)
+        _listeners[family, group] = listener
+    if former is not None:
+        former.close()
+    return listener

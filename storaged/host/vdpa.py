@@ -14,7 +14,7 @@ import subprocess
 import time
 
 from storaged.errors import ErrorCode, StoragedError
-from storaged.host import disk, netlink
+from storaged.host import disk, netlink, worker
 from storaged.host.disk import Disk
 
 _BUS = "/sys/bus/vdpa"
@@ -23,27 +23,13 @@ _DEV_DEL = 4
 _STEP = 0.01
 
 
-class _Message(netlink.Message):
-    """enum vdpa_attr. Nothing above 20 is stable: numbers were moved in 2024."""
-
-    nla_map = (
-        ("VDPA_ATTR_UNSPEC", "none"),
-        ("VDPA_ATTR_MGMTDEV_BUS_NAME", "asciiz"),
-        ("VDPA_ATTR_MGMTDEV_DEV_NAME", "asciiz"),
-        ("VDPA_ATTR_MGMTDEV_SUPPORTED_CLASSES", "uint64"),
-        ("VDPA_ATTR_DEV_NAME", "asciiz"),
-    )
-
-
 def add(name: str) -> None:
     """Put the VDUSE device ``name`` on the bus (vdpa dev add name NAME mgmtdev vduse). Blocks.
 
     That it returns does not mean that there is a disk: look with :func:`find_disk`. No error when it is there already.
     """
     try:
-        netlink.request(
-            "vdpa", _Message, _DEV_NEW, [("VDPA_ATTR_DEV_NAME", name), ("VDPA_ATTR_MGMTDEV_DEV_NAME", "vduse")]
-        )
+        netlink.request("vdpa", _DEV_NEW, [("VDPA_ATTR_DEV_NAME", name), ("VDPA_ATTR_MGMTDEV_DEV_NAME", "vduse")])
     except OSError as error:
         if error.errno == errno.EEXIST:
             return
@@ -58,7 +44,7 @@ def add(name: str) -> None:
 def delete(name: str) -> None:
     """Take the device off the bus. Only after :func:`unbind`. No error when it is gone already."""
     try:
-        netlink.request("vdpa", _Message, _DEV_DEL, [("VDPA_ATTR_DEV_NAME", name)])
+        netlink.request("vdpa", _DEV_DEL, [("VDPA_ATTR_DEV_NAME", name)])
     except OSError as error:
         if error.errno != errno.ENODEV:
             raise StoragedError(
@@ -119,10 +105,11 @@ def bind(name: str) -> None:
     if bound == "virtio_vdpa":
         return
     try:
-        _write(f"{_BUS}/devices/{name}/driver_override", "virtio_vdpa")
+        # By a worker: the new driver looks for partitions, which waits for the server without an end.
+        worker.write(f"{_BUS}/devices/{name}/driver_override", "virtio_vdpa")
         if bound is not None:
-            _write(f"{_BUS}/drivers/{bound}/unbind", name)
-        _write(f"{_BUS}/drivers/virtio_vdpa/bind", name)
+            worker.write(f"{_BUS}/drivers/{bound}/unbind", name)
+        worker.write(f"{_BUS}/drivers/virtio_vdpa/bind", name)
     except OSError as error:
         raise StoragedError(
             ErrorCode.DEVICE_FAILED, f"virtio_vdpa does not take {name}", cause=error.strerror or str(error),
@@ -170,8 +157,3 @@ def _does_not_go(name: str, timeout: float) -> StoragedError:
         cause=f"its requests have not ended within {timeout:g} s",
         hint="the storage below does not answer; detach --force ends the requests with I/O errors",
     )
-
-
-def _write(path: str, text: str) -> None:
-    with open(path, "w", encoding="ascii") as file:
-        file.write(text)

@@ -7,6 +7,7 @@ and wait, without an error, for a QSD that exports under the same name with the 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 import time
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from storaged.errors import ErrorCode, StoragedError
-from storaged.host import disk, vdpa, vduse
+from storaged.host import disk, netlink, reconnectlog, vdpa, vduse, worker
 from storaged.model.blockdev import DISK, EXPORT
 from storaged.model.plan import Device
 from storaged.model.record import Record
@@ -23,6 +24,8 @@ from storaged.qsd.version import Build
 from storaged.transports.base import ADD_IOTHREAD, IOTHREAD, Availability, Connected, HostDevice, Seen, Site
 from storaged.transports.needs import check_family, lacking, load_modules
 from storaged.transports.options import Number, number
+
+log = logging.getLogger("storaged.vduse")
 
 _QUEUES = Number("virtqueues; more than CPUs have no use", 1, 64)
 _QUEUE_SIZE = Number("requests in a virtqueue", 16, 1024, power_of_two=True)
@@ -64,6 +67,7 @@ class VduseTransport(HostDevice):
 
     def make_ready(self, timeout: float) -> None:
         """Load them, and look whether VDUSE devices can be made."""
+        netlink.start()  # meanwhile
         load_modules("vduse", timeout)
         check_family("vdpa")
         problem = vduse.control_problem()
@@ -118,14 +122,17 @@ class VduseTransport(HostDevice):
         return options
 
     async def prepare(self, site: Site, record: Record, timeout: float) -> None:
-        """A successor keeps log and node. A fresh attachment has neither, whatever is left of an older one."""
+        """A successor keeps log and node. A fresh attachment has neither, whatever is left of an older one.
+
+        Raises RECONNECT_LOG_LOST for a successor. A rescue server has a try all the same.
+        """
 
         def work() -> None:
             if vdpa.exists(site.bus_name):
-                return
-            vduse.destroy(site.bus_name)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(site.directory, "tmp", f"vduse-blk-{site.bus_name}"))
+                _restore_log(site, record)
+            else:
+                vduse.destroy(site.bus_name)
+                reconnectlog.forget(_log(site, record))
 
         await site.blocking("prepare the VDUSE device", timeout, work)
 
@@ -157,6 +164,8 @@ class VduseTransport(HostDevice):
 
         def work() -> Connected:
             if not vdpa.exists(name):
+                # From here on requests may be in flight.
+                reconnectlog.keep(_log(site, record))
                 if "bounce-size" in record.settings:
                     vduse.set_limit(name, "bounce_size", record.settings["bounce-size"])
                 patience = min(record.settings["msg-timeout"], _SETUP_MSG_TIMEOUT, timeout / 2)
@@ -177,8 +186,9 @@ class VduseTransport(HostDevice):
             vduse.set_limit(name, "msg_timeout", record.settings["msg-timeout"])
             if "[none]" not in (disk.attribute(found.path, "queue/scheduler") or "[none]"):
                 # What is below the image has its own. Writing freezes the queue, which takes longer than all the rest.
-                with contextlib.suppress(OSError):  # only slower with one
-                    disk.set_attribute(found.path, "queue/scheduler", "none")
+                # It waits for the requests in flight, for ever if the server dies meanwhile.
+                with contextlib.suppress(OSError, StoragedError):  # only slower with one
+                    worker.write(f"/sys/block/{os.path.basename(found.path)}/queue/scheduler", "none")
             return Connected(found.path, found.diskseq)
 
         return await site.blocking("set up the vDPA device", timeout, work)
@@ -239,6 +249,25 @@ class VduseTransport(HostDevice):
                 time.sleep(_STEP)
 
         await site.blocking("see the disk grow", timeout, follow)
+
+
+def _log(site: Site, record: Record) -> reconnectlog.ReconnectLog:
+    return reconnectlog.ReconnectLog(
+        site.directory, site.bus_name, record.settings["queues"], record.settings["queue-size"]
+    )
+
+
+def _restore_log(site: Site, record: Record) -> None:
+    done = ""
+    try:
+        done = reconnectlog.restore(_log(site, record), vduse.rings(site.bus_name, record.settings["queues"]))
+    except StoragedError as error:
+        if error.code is not ErrorCode.RECONNECT_LOG_LOST or not record.rescue:
+            raise
+        log.warning("%s: %s; the rescue server begins with an empty one", site.name, error)
+        reconnectlog.give_up(_log(site, record))
+    if done:
+        log.warning("%s: %s", site.name, done)
 
 
 def _is_ours(site: Site, record: Record) -> bool:
