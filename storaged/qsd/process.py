@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Sequence
 
 from storaged.errors import ErrorCode, StoragedError
+from storaged.host import protection
 
 #: What of its own environment the daemon hands on; TMPDIR is the volume's own.
 _ENVIRONMENT = ("PATH", "LANG", "LC_ALL")
@@ -43,7 +44,8 @@ def spawn(binary: str, directory: str, listener: socket.socket, keep: Sequence[i
 
     The first client must be in the backlog of ``listener`` already: QSD waits for it, so that nobody has to wait
     for a file to appear. The descriptors ``keep`` (source locks, claims) are inherited and live as long as the
-    process. It gets a session of its own, so that no signal to the daemon's terminal or group reaches it.
+    process. It gets a session of its own, so that no signal to the daemon's terminal or group reaches it. The OOM
+    killer leaves it alone, and it inherits from the daemon that it is an I/O flusher (host/protection.py).
     Blocks for an exec. Raises QSD_MISSING.
     """
     environment = {key: os.environ[key] for key in _ENVIRONMENT if key in os.environ}
@@ -69,6 +71,7 @@ def spawn(binary: str, directory: str, listener: socket.socket, keep: Sequence[i
                 ErrorCode.QSD_MISSING, f"cannot execute {binary}", cause=error.strerror or str(error),
                 hint="install qemu-storage-daemon again, or set qsd.binary in storaged.toml",
             ) from error
+    protection.spare(child.pid)
     # It is watched and collected through its pidfd; Popen must neither wait for it nor warn about it.
     child.returncode = 0
     # A child that was not collected keeps its number, even when it is dead already.

@@ -23,6 +23,7 @@ from tests.vm.machine.session import MachineError, MachineGone
 CACHE = ROOT / ".cache" / "vm"
 MACHINES = sorted(path.name.removesuffix(".d") for path in (ROOT / "tests/vm/guest").glob("*.d"))
 BOOT_TIMEOUT = 240.0
+SPARE_SIZE = 4 << 30
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 # -cx16: QEMU 7.2 emulates it in a way that makes the kernel fault. The others are slow when emulated, and who finds
@@ -112,6 +113,9 @@ class Machine:
             # What is written goes into a nameless file in TMPDIR.
             "-drive", f"if=none,id=root,format=raw,snapshot=on,cache=unsafe,discard=unmap,file={root / 'root.img'}",
             "-device", "virtio-blk-pci,drive=root",
+            # /dev/vdb, empty: a disk on which nothing of the machine itself waits.
+            "-drive", "if=none,id=spare,format=raw,cache=unsafe,discard=unmap,file=spare.img",
+            "-device", "virtio-blk-pci,drive=spare",
             # A network of the machine and us, from us to it only.
             "-netdev", f"user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:0-:{PORT}",
             "-device", "virtio-net-pci,netdev=net,romfile=",
@@ -122,6 +126,8 @@ class Machine:
             raise MachineError("qemu-system-x86_64 is missing: run 'make setup'")
         if not stays:
             command = ["setpriv", "--pdeathsig", "KILL", *command]
+        with open(self.directory / "spare.img", "wb") as spare:
+            spare.truncate(SPARE_SIZE)
         with open(self.directory / "qemu.log", "wb") as log:
             self.process = subprocess.Popen(
                 command, cwd=self.directory, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=locks,
