@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from storaged.backends import file, host_device
+from storaged.backends import file, host_device, nbd
 from storaged.backends.base import Backend
 from storaged.errors import ErrorCode, StoragedError
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (file.BACKEND, host_device.BACKEND)}
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (file.BACKEND, host_device.BACKEND, nbd.BACKEND)
+}
+_BY_SCHEME = {scheme: backend for backend in BACKENDS.values() for scheme in backend.schemes}
 
 
 def find_backend(source: str) -> Backend:
     """Return the backend of a source as the user writes it. A plain path is ``file``. Raises INVALID_SOURCE."""
-    prefix, colon, _ = source.partition(":")
-    if colon and prefix in BACKENDS:
-        return BACKENDS[prefix]
+    scheme, colon, _ = source.partition(":")
+    if colon and scheme in _BY_SCHEME:
+        return _BY_SCHEME[scheme]
     if source.startswith("/"):
         return BACKENDS["file"]
     raise StoragedError(
         ErrorCode.INVALID_SOURCE,
         f"nothing here knows the source {source!r}" if source else "the source is empty",
-        hint=f"give an absolute path, or one of {', '.join(name + ':PATH' for name in sorted(BACKENDS))}",
+        hint=f"give an absolute path, or one of {', '.join(backend.example for backend in BACKENDS.values())}",
     )

@@ -5,17 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from storaged.backends.base import Node
+from storaged.backends.cache import CACHE_FLAGS, cache_flags
 from storaged.errors import ErrorCode, StoragedError
 
 AIO_MODES = ("threads", "native", "io_uring")
-#: cache mode -> (direct, no-flush); see "cache" in qemu-system(1). writethrough is the export's business.
-CACHE_FLAGS: dict[str, tuple[bool, bool]] = {
-    "none": (True, False),
-    "writeback": (False, False),
-    "writethrough": (False, False),
-    "directsync": (True, False),
-    "unsafe": (False, True),
-}
 
 
 class LocalBackend:
@@ -28,9 +21,11 @@ class LocalBackend:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.schemes = (name,)
+        self.example = f"{name}:PATH"
 
     def parse(self, source: str) -> str:
-        """Return the absolute path."""
+        """Return the absolute path: the location of a thing of this host."""
         path = source.removeprefix(f"{self.name}:")
         if not path.startswith("/"):
             raise StoragedError(
@@ -55,12 +50,11 @@ class LocalBackend:
 
     def node(self, location: str, *, read_only: bool, options: Mapping[str, str]) -> Node:
         """BlockdevOptionsFile: locking stays on auto, so that QEMU's own image locks hold as well."""
-        direct, no_flush = CACHE_FLAGS[options.get("cache", "writeback")]
         return {
             "driver": self.name,
             "filename": location,
             "aio": options.get("aio", "threads"),
             "read-only": read_only,
             "discard": "unmap",
-            "cache": {"direct": direct, "no-flush": no_flush},
+            "cache": cache_flags(options),
         }

@@ -1,4 +1,8 @@
-"""From a spec to what QSD must open and which locks it must hold. Reads images' headers: blocks, use a thread."""
+"""From a spec to what QSD must open and which locks it must hold. Reads images' headers: blocks, use a thread.
+
+Of a source on the network nothing is looked at: it may be away, and to be looked at ends some servers. It is locked by
+its name, and what is wrong with it QSD says when it opens it.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,8 @@ from typing import Any
 
 import msgspec
 
-from storaged.backends import BACKENDS, find_backend
-from storaged.backends.local import CACHE_FLAGS
+from storaged.backends import BACKENDS, cache, find_backend
+from storaged.backends.base import NetworkBackend
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import disk, locks, loop, process
 from storaged.host.blocking import BlockingCalls
@@ -35,7 +39,8 @@ class Opening:
     sources: Mapping[str, bool]
     """The identities to lock, and whether each is written to."""
     files: frozenset[str]
-    """The identities of the images themselves: QSD must have opened these, and no others in their place."""
+    """The identities of the images themselves: QSD must have opened these, and no others in their place. None on
+    the network: there is nothing to compare."""
     fingerprint: list[list[int]]
     """Inode, size and time of the last change of each image: what an overlay belongs to."""
     claims: tuple[str, ...]
@@ -47,19 +52,21 @@ class Opening:
 
 def cache_flags(spec: VolumeSpec) -> Mapping[str, bool]:
     """BlockdevCacheOptions for the volume's cache mode."""
-    direct, no_flush = CACHE_FLAGS[spec.options.get("cache", "writeback")]
-    return {"direct": direct, "no-flush": no_flush}
+    return cache.cache_flags(spec.options)
 
 
 def inspect(spec: VolumeSpec) -> Opening:
     """Look at the source and everything its headers name; refuse what may not be opened.
 
-    Raises what storaged.host.chain raises, and SOURCE_IN_USE where a foreign loop device stands on the file.
+    Raises what storaged.host.chain raises, SOURCE_IN_USE where a foreign loop device stands on the file, UNSUPPORTED
+    for what is not known to be safe with a source on the network.
     """
     backend = find_backend(spec.source)
     check_spec(spec, backend.options.keys() | options_of(spec.transport).keys())
     backend.check_options(spec.options)
     path = backend.parse(spec.source)
+    if isinstance(backend, NetworkBackend):
+        return _behind_a_server(backend, path, spec)
     chain = inspect_chain(path, spec.format, spec.allowed_backing)
     if backend.name == "host_device" and not chain[0].block_device:
         raise StoragedError(
@@ -101,6 +108,32 @@ def inspect(spec: VolumeSpec) -> Opening:
         claims=tuple(file.path for file, exclusive in files if file.block_device and exclusive),
         unclaimed=tuple(file.path for file, exclusive in files if file.block_device and not exclusive),
         key_file=spec.options.get("key-file") if spec.format is Format.LUKS else None,
+    )
+
+
+def _behind_a_server(backend: NetworkBackend, location: str, spec: VolumeSpec) -> Opening:
+    """What QSD opens of a source on the network: the bytes as they are."""
+    if spec.format is not Format.RAW:
+        # Its header may name files of this host, and nobody has looked at it.
+        raise StoragedError(
+            ErrorCode.UNSUPPORTED, f"a {spec.format} image behind {backend.name} is not supported yet",
+            cause="what its header names cannot be checked before QEMU opens it",
+            hint="let the server do the format (qemu-nbd -f FORMAT), or copy the image to a file of this host",
+        )
+    if spec.snapshot:
+        # Only its size could tell that the source is another by now, and that is not compared yet.
+        raise StoragedError(
+            ErrorCode.UNSUPPORTED, f"--snapshot of a source behind {backend.name} is not supported yet",
+            cause="a source that changed below the overlay would not be noticed",
+            hint="attach it with --read-only, or copy it to a file of this host",
+        )
+    image = Image(
+        Format.RAW, backend.node(location, read_only=not spec.writes_source, options=spec.options)
+    )
+    return Opening(
+        node=image_tree([image], read_only=not spec.writes_source, node_name=DISK, cache=cache_flags(spec)),
+        sources={backend.identity(location, os.path.realpath): spec.writes_source},
+        files=frozenset(), fingerprint=[], claims=(), unclaimed=(), key_file=None,
     )
 
 
@@ -173,13 +206,20 @@ def _refuse_foreign_loop(file: ImageFile, exclusive: bool) -> None:
             )
 
 
-def same_file(one: str, other: str) -> bool:
-    """Whether two sources are the same file or device of this host, in two spellings. Raises OSError."""
-    paths = []
-    for source in (one, other):
-        backend = find_backend(source)
-        paths.append(backend.parse(source))
-    return os.path.samefile(*paths)
+def same_source(one: str, other: str) -> bool:
+    """Whether two sources are the same file or device of this host, or the same disk behind a server, in two spellings.
+
+    Raises OSError where a file cannot be looked at.
+    """
+    backends = find_backend(one), find_backend(other)
+    locations = [backend.parse(source) for backend, source in zip(backends, (one, other), strict=True)]
+    identities_found = {
+        backend.identity(location, os.path.realpath)
+        for backend, location in zip(backends, locations, strict=True) if isinstance(backend, NetworkBackend)
+    }
+    if identities_found:
+        return backends[0] is backends[1] and len(identities_found) == 1
+    return os.path.samefile(*locations)
 
 
 async def same_wish(wanted: VolumeSpec, present: VolumeSpec, record: Record | None, blocking: BlockingCalls) -> bool:
@@ -191,6 +231,6 @@ async def same_wish(wanted: VolumeSpec, present: VolumeSpec, record: Record | No
     if msgspec.structs.replace(wanted, source=present.source) != present:
         return False
     try:
-        return await blocking("compare the sources", 5.0, same_file, wanted.source, present.source)
+        return await blocking("compare the sources", 5.0, same_source, wanted.source, present.source)
     except (OSError, StoragedError):
         return False

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from storaged.backends import BACKENDS, find_backend
-from storaged.backends.base import Backend
-from storaged.backends.local import CACHE_FLAGS
+from storaged.backends.base import Backend, NetworkBackend
+from storaged.backends.cache import CACHE_FLAGS
+from storaged.backends.local import LocalBackend
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host.process import kill, reap
 from storaged.host.unixsock import bind_unix
@@ -31,21 +32,49 @@ needs_qsd = pytest.mark.skipif(
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="losetup needs root")
 
 
+#: A source of each backend, and the location that it names.
+EXAMPLES = {
+    "file": ("file:/dev/some where:1,x=y", "/dev/some where:1,x=y"),
+    "host_device": ("host_device:/dev/some where:1,x=y", "/dev/some where:1,x=y"),
+    "nbd": ("nbd:Server:1:exportname=some where:1,x=y", "nbd://server:1/some%20where%3A1%2Cx%3Dy"),
+}
+LOCAL = [backend for backend in BACKENDS.values() if isinstance(backend, LocalBackend)]
+REMOTE = [backend for backend in BACKENDS.values() if isinstance(backend, NetworkBackend)]
+
+
+def test_each_is_of_this_host_or_behind_a_server() -> None:
+    assert len(LOCAL) + len(REMOTE) == len(BACKENDS) == len(EXAMPLES)
+
+
 @pytest.fixture(params=list(BACKENDS.values()), ids=list(BACKENDS))
 def backend(request: pytest.FixtureRequest) -> Backend:
     found: Backend = request.param
     return found
 
 
-def test_it_is_found_by_its_name_and_takes_what_it_parses(backend: Backend) -> None:
-    source = f"{backend.name}:/dev/some where:1,x=y"
+def test_it_is_found_by_its_schemes_and_takes_what_it_parses(backend: Backend) -> None:
+    source, location = EXAMPLES[backend.name]
     assert find_backend(source) is backend
-    assert backend.parse(source) == "/dev/some where:1,x=y"
+    assert backend.parse(source) == location
     assert BACKENDS[backend.name] is backend
+    assert all(find_backend(f"{scheme}:x") is backend for scheme in backend.schemes)
 
 
+def test_its_example_says_one_of_its_schemes(backend: Backend) -> None:
+    assert backend.example.partition(":")[0] in backend.schemes
+
+
+@pytest.mark.parametrize("backend", REMOTE, ids=lambda backend: backend.name)
+def test_the_location_of_what_is_behind_a_server_is_a_source_and_an_identity(backend: NetworkBackend) -> None:
+    source, location = EXAMPLES[backend.name]
+    assert find_backend(location) is backend
+    assert backend.parse(location) == location
+    assert backend.identity(location, str) == backend.identity(backend.parse(source), str)
+
+
+@pytest.mark.parametrize("backend", LOCAL, ids=lambda backend: backend.name)
 @pytest.mark.parametrize("location", ["", "a", "./a", "../a", " /a", "~/a", "fd:/a"])
-def test_a_relative_path_is_refused(backend: Backend, location: str) -> None:
+def test_a_relative_path_is_refused(backend: LocalBackend, location: str) -> None:
     with pytest.raises(StoragedError) as caught:
         backend.parse(f"{backend.name}:{location}")
     assert caught.value.code is ErrorCode.INVALID_SOURCE
@@ -63,7 +92,7 @@ def test_no_options_are_good_options(backend: Backend) -> None:
 
 @pytest.mark.parametrize("read_only", [True, False])
 def test_a_node_is_of_its_driver_and_reads_or_writes_as_said(backend: Backend, read_only: bool) -> None:
-    node = backend.node("/x", read_only=read_only, options={})
+    node = backend.node(EXAMPLES[backend.name][1], read_only=read_only, options={})
     assert node["driver"] == backend.name
     assert node["read-only"] is read_only
     assert "node-name" not in node

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from storaged.backends import BACKENDS
+from storaged.backends.base import Backend
 from storaged.cli.parser import TRANSPORTS
 from storaged.errors import ErrorCode
 from storaged.model.config import Config, QsdConfig, parse_config
@@ -83,9 +84,9 @@ def test_every_transport_says_in_the_readme_what_it_survives(transport: str) -> 
     assert all(row_of(README, transport))
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
-def test_every_backend_is_in_the_readme(backend: str) -> None:
-    assert f"`{backend}:PATH`" in README
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=lambda backend: backend.name)
+def test_every_backend_is_in_the_readme(backend: Backend) -> None:
+    assert f"`{backend.example}`" in README
 
 
 @pytest.mark.parametrize("key", [key for key in CONFIG_KEYS if key != "qsd"])

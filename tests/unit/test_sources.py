@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from storaged.backends import BACKENDS, find_backend
-from storaged.backends.local import CACHE_FLAGS, LocalBackend
+from storaged.backends.cache import CACHE_FLAGS
+from storaged.backends.local import LocalBackend
 from storaged.errors import ErrorCode, StoragedError
 from storaged.model.spec import CACHE_MODES
 
@@ -37,8 +38,8 @@ def test_an_unknown_source_is_refused_with_those_that_are_known(source: str) -> 
     with pytest.raises(StoragedError) as caught:
         find_backend(source)
     assert caught.value.code is ErrorCode.INVALID_SOURCE
-    for name in BACKENDS:
-        assert f"{name}:PATH" in caught.value.hint
+    for backend in BACKENDS.values():
+        assert backend.example in caught.value.hint
 
 
 LOCAL = LocalBackend("file")

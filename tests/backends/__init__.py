@@ -1,0 +1,1 @@
+"""Each backend against its real server."""

@@ -1,0 +1,166 @@
+"""NBD sources: every spelling means what QEMU and the NBD project say, and nothing else gets through."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from storaged.backends import BACKENDS, find_backend
+from storaged.backends.nbd import BACKEND, LONGEST_DELAY
+from storaged.errors import ErrorCode, StoragedError
+
+#: What can be in a name of an export, or in a path.
+TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=40)
+PATHS = TEXT.map(lambda text: f"/{text}").filter(lambda text: len(text.encode()) <= 107)
+
+
+def node(source: str, **options: str) -> dict[str, Any]:
+    said = {key.replace("_", "-"): value for key, value in options.items()}
+    return BACKEND.node(BACKEND.parse(source), read_only=False, options=said)
+
+
+def refused(source: str) -> StoragedError:
+    with pytest.raises(StoragedError) as caught:
+        BACKEND.parse(source)
+    assert caught.value.hint
+    assert str(caught.value).encode()
+    return caught.value
+
+
+def inet(host: str, port: str = "10809") -> dict[str, Any]:
+    return {"type": "inet", "host": host, "port": port, "keep-alive": True}
+
+
+@pytest.mark.parametrize(
+    ("source", "server", "export"),
+    [
+        ("nbd://host", inet("host"), ""),
+        ("nbd://host/", inet("host"), ""),
+        ("nbd+tcp://host:1/x", inet("host", "1"), "x"),
+        ("nbd://HOST.Example:010809/X", inet("host.example"), "X"),
+        ("nbd://192.0.2.1:2/a/b", inet("192.0.2.1", "2"), "a/b"),
+        ("nbd://host//x", inet("host"), "/x"),
+        ("nbd://[2001:DB8::0:1]/x", inet("2001:db8::1"), "x"),
+        ("nbd://[fe80::1%25eth0]:3/x", inet("fe80::1%eth0", "3"), "x"),
+        ("nbd://host/%C3%A4%20%3F%23%25:@", inet("host"), "ä ?#%:@"),
+        ("nbd://host/a+b", inet("host"), "a+b"),
+        ("nbd+unix:///?socket=/s", {"type": "unix", "path": "/s"}, ""),
+        ("nbd+unix:///x%2Fy?socket=/a%26b%3Fc", {"type": "unix", "path": "/a&b?c"}, "x/y"),
+        ("nbd+unix:///x?socket=/a b=c?d", {"type": "unix", "path": "/a b=c?d"}, "x"),
+        ("nbd:host:1", inet("host", "1"), ""),
+        ("nbd:host:1:exportname=x", inet("host", "1"), "x"),
+        ("nbd:host:1:exportname=:exportname=%41 y", inet("host", "1"), ":exportname=%41 y"),
+        ("nbd:[::1]:1:exportname=x", inet("::1", "1"), "x"),
+        ("nbd:unix:/a:b?c", {"type": "unix", "path": "/a:b?c"}, ""),
+        ("nbd:unix:/a:exportname=x", {"type": "unix", "path": "/a"}, "x"),
+    ],
+)
+def test_a_spelling_is_a_server_and_an_export(source: str, server: dict[str, Any], export: str) -> None:
+    assert find_backend(source) is BACKENDS["nbd"]
+    found = node(source)
+    assert found["server"] == server
+    assert found["export"] == export
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "nbd:", "nbd:host", "nbd:host:", "nbd::1", "nbd:host:0", "nbd:host:65536", "nbd:host:http",
+        "nbd:host:1,ipv4=on",
+        "nbd:host:1:exportname=", "nbd:host:1:2", "nbd:unix:", "nbd:unix:rel", "nbd:[::1]", "nbd:ho st:1",
+        "nbd:unix:/a\0b", "nbd:unix:/\udcff", "nbd:/x", "nbd:///x", "nbd://", "nbd://:1/x", "nbd://host:/x",
+        "nbd://host:+1/x", "nbd://host:\u0661/x", "nbd://u@host/x", "nbd://host/x?socket=/s",
+        "nbd://host/x?", "nbd://host/x#y",
+        "nbd://host/%", "nbd://host/%4", "nbd://host/%zz", "nbd://host/%00", "nbd://host/%ff", "nbd://host/\udcff",
+        "nbd://[::1/x", "nbd://::1/x", "nbd://[::g]/x", "nbd://[::1]x/y", "nbd://[fe80::1%25]/x",
+        "nbd://[fe80::1%25a b]/x",
+        "nbd://127.1/x", "nbd://0x7f000001/x", "nbd://010.0.0.1/x", "nbd://1/x", "nbd://host\n/x", "nbd://-host/x",
+        "nbd://h..h/x", f"nbd://{'h.' * 130}h/x", "nbd+unix://host/x?socket=/s",
+        "nbd+unix:/x?socket=/s", "nbd+unix:///x",
+        "nbd+unix:///x?socket=", "nbd+unix:///x?socket=s", "nbd+unix:///x?path=/s", "nbd+unix:///x?socket=/s&socket=/t",
+        "nbd+unix:///x?socket=/s;x=y", "nbd+unix:///x?socket=/%00", f"nbd:unix:/{'x' * 107}", f"nbd://h/{'x' * 4097}",
+        "nbd+tcp:host:1",
+    ],
+)
+def test_what_is_no_server_is_refused(source: str) -> None:
+    assert refused(source).code is ErrorCode.INVALID_SOURCE
+
+
+@pytest.mark.parametrize("source", ["nbds://host/x", "nbds+unix:///x?socket=/s", "nbds+tcp://host"])
+def test_tls_is_refused_and_never_left_out(source: str) -> None:
+    assert refused(source).code is ErrorCode.UNSUPPORTED
+
+
+@given(TEXT, PATHS)
+@example("/", "//")
+def test_every_name_and_path_can_be_said(export: str, path: str) -> None:
+    source = f"nbd+unix:///{quote(export, safe='')}?socket={quote(path, safe='')}"
+    found = node(source)
+    assert (found["export"], found["server"]["path"]) == (export, path)
+    location = BACKEND.parse(source)
+    assert BACKEND.parse(location) == location
+    assert node(location) == found
+
+
+@given(PATHS.filter(lambda path: ":exportname=" not in path), TEXT.filter(bool))
+def test_the_older_spelling_takes_everything_as_it_is(path: str, export: str) -> None:
+    found = node(f"nbd:unix:{path}:exportname={export}")
+    assert (found["export"], found["server"]["path"]) == (export, path)
+
+
+@given(TEXT, st.integers(1, 65535), st.ip_addresses(v=6))
+def test_addresses_have_one_location_however_they_are_written(export: str, port: int, address: Any) -> None:
+    location = BACKEND.parse(f"nbd://[{address.exploded.upper()}]:{port}/{quote(export)}")
+    assert location == BACKEND.parse(f"nbd://[{address.compressed}]:{port}/{quote(export)}") == BACKEND.parse(location)
+    assert node(location)["server"] == inet(str(address), str(port))
+
+
+@given(st.sampled_from(BACKEND.schemes), st.text())
+def test_any_text_is_a_source_or_refused(scheme: str, rest: str) -> None:
+    try:
+        location = BACKEND.parse(f"{scheme}:{rest}")
+    except StoragedError:
+        assert refused(f"{scheme}:{rest}").code in (ErrorCode.INVALID_SOURCE, ErrorCode.UNSUPPORTED)
+    else:
+        assert BACKEND.parse(location) == location
+        assert location.isascii()
+        assert location.isprintable()
+
+
+def test_a_socket_is_compared_by_its_real_path_and_a_host_by_its_name() -> None:
+    def real(path: str) -> str:
+        return f"/real{path}"
+
+    assert BACKEND.identity(BACKEND.parse("nbd:unix:/s:exportname=x"), real) == "nbd+unix:///x?socket=/real/s"
+    assert BACKEND.identity(BACKEND.parse("nbd:H:10809:exportname=x"), real) == "nbd://h:10809/x"
+
+
+def test_requests_wait_as_long_as_qemu_can_unless_something_else_is_said() -> None:
+    assert node("nbd://h")["reconnect-delay"] == LONGEST_DELAY == 2**32 - 1
+    assert node("nbd://h")["open-timeout"] == 5
+    found = node("nbd://h", reconnect_delay="0", open_timeout="7")
+    assert (found["reconnect-delay"], found["open-timeout"]) == (0, 7)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("reconnect-delay", "-1"), ("reconnect-delay", "4294967296"), ("reconnect-delay", ""),
+        ("reconnect-delay", "1s"),
+        ("open-timeout", "0"), ("open-timeout", "61"), ("open-timeout", "1.5"), ("open-timeout", "\u0663"),
+    ],
+)
+def test_what_is_no_number_of_seconds_is_refused(key: str, value: str) -> None:
+    with pytest.raises(StoragedError) as caught:
+        BACKEND.check_options({key: value})
+    assert caught.value.code is ErrorCode.INVALID_ARGUMENT
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("value", ["0", "1", str(LONGEST_DELAY)])
+def test_every_delay_that_qemu_takes_is_taken(value: str) -> None:
+    BACKEND.check_options({"reconnect-delay": value})
