@@ -116,3 +116,28 @@ def _claimed(path: str, error: OSError) -> StoragedError:
         ErrorCode.SOURCE_IN_USE, f"the block device {path} is in use", cause=error.strerror or "",
         hint="it is mounted, swapped on, or held by device-mapper or md; see lsblk and fuser",
     )
+
+
+def holders_are_dying(fd: int) -> bool:
+    """Whether all processes that have a flock on this file were killed and only wait for the kernel to let go of them.
+
+    Their main threads are zombies, so that no code of theirs ever runs again (proc_locks(5), proc_pid_stat(5)). False
+    where a holder cannot be told.
+    """
+    seen = os.fstat(fd)
+    file = f"{os.major(seen.st_dev):02x}:{os.minor(seen.st_dev):02x}:{seen.st_ino}"
+    holders = []
+    with open("/proc/locks", encoding="ascii") as locks:
+        for line in locks:
+            fields = line.split()
+            if fields[1] == "FLOCK" and fields[5] == file:
+                holders.append(fields[4])
+    return bool(holders) and all(_is_zombie(pid) for pid in holders)
+
+
+def _is_zombie(pid: str) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] == b"Z"
+    except OSError:
+        return False

@@ -183,7 +183,8 @@ def _towards_a_server(seen: Observed, *, force: bool) -> Step | None:
         # A rescue server never opens the source: a half-made one gives way to the next.
         return Step.STOP if force or seen.rescue else Step.OPEN
     if not seen.exported:
-        return Step.EXPORT
+        # The real one may be refused (its reconnect log is lost): by force the rescue server has a try.
+        return Step.STOP if force and not seen.rescue else Step.EXPORT
     return Step.DISCONNECT if force or seen.device is Device.HEALTHY else Step.RECONNECT
 
 

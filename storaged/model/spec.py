@@ -24,7 +24,10 @@ COMMON_OPTIONS = {
     "fail-after:SECONDS; default wait",
     "snapshot-size": "the size that the overlay of --snapshot may grow to; default 10G",
 }
-DEFAULTS = {"cache": "writeback", "aio": "threads", "logical-block-size": "512", "on-stall": "wait"}
+DEFAULTS = {
+    "cache": "writeback", "aio": "threads", "logical-block-size": "512", "on-stall": "wait", "open-timeout": "5",
+    "reconnect-delay": "4294967295",
+}
 CACHE_MODES = ("none", "writeback", "writethrough", "directsync", "unsafe")
 
 

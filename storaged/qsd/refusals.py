@@ -34,6 +34,27 @@ _KNOWN: list[tuple[str, ErrorCode, str, str]] = [
         ErrorCode.OPEN_FAILED, "the passphrase does not open the image",
         "check the file given with -o key-file; every byte of it counts, a newline at its end too",
     ),
+    (
+        r"export not available|unknown export|export .* not (present|found)",
+        ErrorCode.OPEN_FAILED, "the server has no export of that name", "nbdinfo --list URI shows those that it has",
+    ),
+    (
+        r"Connection attempt cancelled by timeout|Connection timed out",
+        ErrorCode.OPEN_FAILED, "the server does not answer",
+        "it hangs, or a firewall swallows the packets; -o open-timeout=SECONDS waits longer",
+    ),
+    (
+        r"Connection refused",
+        ErrorCode.OPEN_FAILED, "nobody listens on that port or socket", "start the server; check host and port",
+    ),
+    (
+        r"address resolution failed",
+        ErrorCode.OPEN_FAILED, "the host's name is not known", "check the name, and this host's DNS and /etc/hosts",
+    ),
+    (
+        r"No route to host|Network is unreachable|Host is (down|unreachable)",
+        ErrorCode.OPEN_FAILED, "the server's host cannot be reached", "check the network and its routes",
+    ),
     (r"No space left", ErrorCode.NO_SPACE, "there is no room", "make room on that filesystem"),
     (
         r"does not support resiz|Cannot (grow|resize|shrink)|not resizable|Operation not supported",

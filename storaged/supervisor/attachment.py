@@ -141,6 +141,7 @@ class Attachment(Holding):
                 # Nobody has watched its connection meanwhile: it gets a new one, which the kernel takes or drops.
                 await self.note(served_by=None)
             if alive:
+                self.protect()
                 return
         servers = await self.blocking("look for processes", 10, adoption.strays, self.site)
         if record is None:
@@ -228,5 +229,6 @@ class Attachment(Holding):
     async def leave(self) -> None:
         """The volume is gone, or the daemon ends: let go of everything without touching it."""
         self.forget_connection()
+        self.stop_protecting()
         self.environment.claims.drop(self.spec.name)
         await self.qsd.leave()

@@ -17,6 +17,8 @@ import uvloop
 
 from storaged.api.server import Server
 from storaged.errors import ErrorCode, StoragedError
+from storaged.host import locks
+from storaged.host.protection import protect_daemon
 from storaged.host.unixsock import bind_unix
 from storaged.model.config import Config, parse_config
 from storaged.model.layout import LOCK_DIR, Layout
@@ -38,6 +40,9 @@ def run(layout: Layout, config_file: str | None) -> int:
     logging.basicConfig(
         stream=sys.stderr, level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s"
     )
+    # Before there is a second thread: it would not inherit what this one gets.
+    for failure in protect_daemon():
+        log.warning("%s", failure)
     # The kernel shows paths without symbolic links; ours must read the same.
     for directory, mode in ((layout.run_dir, 0o755), (layout.state_dir, 0o700), (layout.dev_dir, 0o755)):
         _make_directory(directory, mode)
@@ -126,15 +131,31 @@ def _make_directory(path: str, mode: int) -> None:
 
 
 def _lock_out_others(layout: Layout) -> int:
-    """One daemon per root: return the descriptor that holds its lock. Raises DAEMON_RUNNING."""
+    """One daemon per root: return the descriptor that holds its lock. Raises DAEMON_RUNNING.
+
+    A daemon that was killed while the kernel holds a thread of it, on a device that hangs, keeps its descriptors, and
+    does nothing any more: its lock file is replaced.
+    """
     path = os.path.join(layout.run_dir, "daemon.lock")
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    directory = os.open(layout.run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(fd)
-        raise StoragedError(
-            ErrorCode.DAEMON_RUNNING, "another storaged runs here", cause=f"it holds {path}",
-            hint="end it first, or use another --root",
-        ) from error
-    return fd
+        # One at a time: two that replace the file would both have a lock.
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        for _ in range(2):
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return fd
+            except BlockingIOError:
+                dying = locks.holders_are_dying(fd)
+                os.close(fd)
+                if not dying:
+                    break
+                log.warning("an earlier daemon was killed and cannot end, because the kernel holds a thread of it")
+                os.unlink(path)
+    finally:
+        os.close(directory)
+    raise StoragedError(
+        ErrorCode.DAEMON_RUNNING, "another storaged runs here", cause=f"it holds {path}",
+        hint="end it first, or use another --root",
+    )

@@ -5,13 +5,14 @@ What looks at the volume (attachment), what brings it up (serving) and what take
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 
 import msgspec
 
 from storaged.errors import ErrorCode, StoragedError
-from storaged.host import locks
+from storaged.host import locks, scope
 from storaged.host.blocking import BlockingCalls
 from storaged.model.record import Record
 from storaged.model.spec import VolumeSpec
@@ -43,6 +44,7 @@ class Holding:
         self.stalled = False
         """Requests of the device are in flight and none ends, as far as is known: nothing may wait for them."""
         self._wake = wake
+        self._protecting: asyncio.Task[None] | None = None
 
     @property
     def transport(self) -> Transport:
@@ -64,6 +66,19 @@ class Holding:
         """Change the record, in memory and on the disk."""
         self.record = msgspec.structs.replace(self.known(), **changes)
         await self.blocking("write the record", 10, launch.write_record, self.directory, self.record)
+
+    def protect(self) -> None:
+        """Keep the present QSD in memory. Nobody waits for it; one that is under way is about a QSD that is gone."""
+        if self._protecting is not None:
+            self._protecting.cancel()
+        process = self.known().process
+        if process is not None:
+            self._protecting = asyncio.create_task(scope.protect(process.pid, self.spec.name))
+
+    def stop_protecting(self) -> None:
+        """The actor ends."""
+        if self._protecting is not None:
+            self._protecting.cancel()
 
     async def note_connection(self) -> None:
         """The device has a connection to the present QSD."""

@@ -12,7 +12,7 @@ import msgspec
 
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import locks, process
-from storaged.host.atomic import write_atomic
+from storaged.host.reserve import write_reserved
 from storaged.host.unixsock import bind_unix, connect_unix
 from storaged.model.record import Record
 from storaged.model.spec import VolumeSpec
@@ -49,7 +49,7 @@ def record_path(directory: str) -> str:
 
 def write_record(directory: str, record: Record) -> None:
     """Write the record, all or nothing."""
-    write_atomic(record_path(directory), msgspec.json.encode(record))
+    write_reserved(record_path(directory), msgspec.json.encode(record))
 
 
 def launch(

@@ -55,6 +55,7 @@ async def _greet(held: Holding, started: launch.Started, timeout: float) -> None
     session = await held.qsd.greet(started.pidfd, started.monitor, timeout=timeout)
     # Only now it is surely itself: qsd.binary may be a script that executes the real one.
     await held.note(process=process.identify(started.pid), qsd_version=session.version)
+    held.protect()
 
 
 async def open_source(held: Holding, timeout: float) -> None:
@@ -114,6 +115,12 @@ async def _open(held: Holding, timeout: float) -> None:
             ErrorCode.INVALID_SIZE, f"the disk has {size} bytes",
             cause=f"that is no multiple of its logical block size {spec.logical_block_size}" if size else "",
             hint="resize the image (qemu-img resize), or say another -o logical-block-size",
+        )
+    if size < held.known().size:
+        # Whatever the transport: what lay beyond the new end is gone, or another disk answers by that name.
+        raise StoragedError(
+            ErrorCode.SOURCE_CHANGED, f"the disk has {size} bytes by now, it had {held.known().size}",
+            hint="bring the old size back; or detach the volume (--force) and attach it again",
         )
     device = held.known().device
     had = disk.size(device) if device is not None else 0

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from storaged.errors import ErrorCode, StoragedError
-from storaged.host import disk, nbd
+from storaged.host import disk, nbd, netlink, worker
 from storaged.host.nbdhandshake import libnbd_problem, negotiate
 from storaged.host.unixsock import connect_unix
 from storaged.host.users import device_users
@@ -70,6 +70,7 @@ class NbdTransport(HostDevice):
 
     def make_ready(self, timeout: float) -> None:
         """Load the module, with the parameters that the administrator has given it in modprobe.d."""
+        netlink.start()  # meanwhile
         load_modules("nbd", timeout)
         check_family("nbd")
 
@@ -247,9 +248,11 @@ def _timeouts(record: Record) -> nbd.Timeouts:
 def _tune(path: str, record: Record) -> None:
     # Newer kernels begin with 1280. Writing freezes the queue, which takes longer than to connect.
     if int(disk.attribute(path, "queue/max_sectors_kb") or _MAX_SECTORS_KB) < _MAX_SECTORS_KB:
-        with contextlib.suppress(OSError):  # only slower without it
+        with contextlib.suppress(OSError, StoragedError):  # only slower without it
             largest = int(disk.attribute(path, "queue/max_hw_sectors_kb") or _MAX_SECTORS_KB)
-            disk.set_attribute(path, "queue/max_sectors_kb", min(largest, _MAX_SECTORS_KB))
+            # It waits for the requests in flight, for ever if the server dies meanwhile.
+            attribute = f"/sys/block/{os.path.basename(path)}/queue/max_sectors_kb"
+            worker.write(attribute, str(min(largest, _MAX_SECTORS_KB)))
     if record.settings["timeout"] == 0:
         disk.set_attribute(path, "queue/io_timeout", _LOOK_EVERY)
 

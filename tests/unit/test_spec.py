@@ -11,7 +11,7 @@ from storaged.errors import ErrorCode, StoragedError
 from storaged.model.formats import Format
 from storaged.model.spec import COMMON_OPTIONS, DEFAULTS, VolumeSpec, check_spec, without_defaults
 
-KNOWN = frozenset({"aio"})
+KNOWN = frozenset({"aio", "open-timeout", "reconnect-delay"})
 
 
 def spec(**wishes: Any) -> VolumeSpec:
