@@ -58,7 +58,7 @@ class Observed:
     directory: bool = False
     """The volume's private directory or overlay is there."""
     rescue: bool = False
-    """The process that runs is a rescue server, which fails all I/O."""
+    """The process that runs, or ran last, is a rescue server, which fails all I/O."""
     needs_server: bool = False
     """Not even by force can the device be taken away while nothing serves it."""
     lost: bool = False
@@ -69,7 +69,7 @@ class Observed:
     @property
     def nothing(self) -> bool:
         """Whether nothing of the volume is there."""
-        return replace(self, needs_server=False) == Observed()
+        return replace(self, needs_server=False, rescue=False) == Observed()
 
 
 class Step(StrEnum):
@@ -142,12 +142,12 @@ def _towards_failing(seen: Observed) -> Step | None:
 
 
 def _towards_attached(seen: Observed) -> Step | None:
+    if seen.rescue and seen.qsd is not Qsd.NONE:
+        # The real one takes its place.
+        return Step.STOP
     if seen.qsd is Qsd.SILENT:
         # It may be opening, or hang, and it may write again: nothing is done over its head.
         return None
-    if seen.rescue:
-        # The real one takes its place.
-        return Step.STOP
     dead = seen.qsd is Qsd.NONE or not seen.exported
     if seen.device is Device.STALE or (
         dead and seen.device is not Device.UNSERVED and (seen.remains or seen.device is not Device.NONE)
@@ -175,7 +175,8 @@ def _towards_a_server(seen: Observed, *, force: bool) -> Step | None:
     if seen.qsd is Qsd.SILENT:
         return Step.STOP if force else None
     if seen.qsd is Qsd.NONE:
-        return Step.RESCUE if force else Step.START
+        # What has failed until now is not to work once more on its way out.
+        return Step.RESCUE if force or seen.rescue else Step.START
     if force and seen.stalled and not seen.rescue:
         # Its requests would not end, however long a removal waits.
         return Step.STOP

@@ -95,6 +95,8 @@ class Desired(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     version: Literal[1] = 1
     spec: VolumeSpec
     wanted: Literal["attached", "absent", "failing", "released"] = "attached"
+    boot: str = ""
+    """In which boot it was rescued (random(4), boot_id): after another there is nothing that could fail."""
 
 
 def check_spec(spec: VolumeSpec, further_options: Set[str]) -> None:

@@ -90,25 +90,27 @@ class ServedQsd:
         if self._silent_since is not None and time.monotonic() - self._asked_at < _SILENCE:
             raise StoragedError(ErrorCode.QSD_SILENT, "qemu-storage-daemon does not answer")
 
-    def note_silence(self) -> None:
-        """It cannot answer: it is stopped."""
+    def note_silence(self, asked: float | None = None) -> None:
+        """It does not answer; it was ``asked`` then (monotonic), or need not be: it is stopped."""
         if self._silent_since is None:
-            self._silent_since = time.monotonic()
+            self._silent_since = time.monotonic() if asked is None else asked
         self._asked_at = time.monotonic()
 
     async def ask(self, timeout: float) -> bool:
         """Whether it answers within ``timeout`` seconds."""
+        asked = time.monotonic()
         try:
             async with asyncio.timeout(timeout):
                 await (await self.session()).execute("query-version", timeout=timeout)
         except (TimeoutError, StoragedError) as error:
             if isinstance(error, TimeoutError) or error.code is ErrorCode.QSD_SILENT:
-                self.note_silence()
+                self.note_silence(asked)
             return False
+        self._silent_since = None
         return True
 
-    async def note_answer(self, error: StoragedError | None) -> None:
-        """Remember whether it answered; ``error`` is what it failed to answer with."""
+    async def note_answer(self, error: StoragedError | None, asked: float | None = None) -> None:
+        """Remember whether it answered; ``error`` is what it failed to answer with, when it was ``asked``."""
         if error is None:
             self._silent_since = None
         elif error.code is ErrorCode.QSD_DIED:
@@ -116,7 +118,7 @@ class ServedQsd:
             await self.wait_gone(1.0)
         elif error.code is not ErrorCode.QSD_SILENT or error.cause:
             # Not for one that was not even asked (refuse_silent).
-            self.note_silence()
+            self.note_silence(asked)
 
     async def stop(self, timeout: float, *, export: str, quits_badly: bool) -> None:
         """Let it end by itself, which flushes everything; kill it when it does not.

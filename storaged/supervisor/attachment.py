@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import links, nbd
 from storaged.model import blockdev
@@ -26,6 +28,7 @@ class Attachment(Holding):
         await self._note_unrecorded_device()
         await self._note_freed_devices()
         qsd, opened, export = Qsd.NONE, False, False
+        asked = time.monotonic()
         if self.qsd.alive:
             try:
                 self.qsd.refuse_silent()
@@ -35,11 +38,13 @@ class Attachment(Holding):
                 needed = blockdev.node_names_needed(self.spec.snapshot and not rescue)
                 # An export stands on all of them, and is found at half the price.
                 export = await session.has_export(blockdev.EXPORT)
-                opened = export or needed <= (await session.node_names()).keys()
+                # Nodes alone do not tell: opening may have been cut short before what was opened was looked at.
+                finished = rescue or (self.record is not None and not self.record.settled)
+                opened = export or (finished and needed <= (await session.node_names()).keys())
                 qsd = Qsd.RUNNING
                 await self.qsd.note_answer(None)
             except StoragedError as error:
-                await self.qsd.note_answer(error)
+                await self.qsd.note_answer(error, asked)
                 qsd = Qsd.SILENT if self.qsd.alive else Qsd.NONE
         seen = self.transport.observe(self.site, self.record, alive=export or qsd is Qsd.SILENT)
         if seen.device is Device.UNSERVED and qsd is Qsd.NONE:
@@ -50,7 +55,7 @@ class Attachment(Holding):
         return Observed(
             qsd=qsd, opened=opened, exported=(export or qsd is Qsd.SILENT) and seen.reachable,
             remains=seen.remains, device=seen.device, linked=self._linked(seen), directory=leaving.has_directory(self),
-            rescue=self.qsd.alive and self.record is not None and self.record.rescue,
+            rescue=self.record is not None and self.record.rescue,
             needs_server=self.transport.needs_server, lost=self.record is not None and self.record.lost,
             stalled=self.stalled and qsd is Qsd.RUNNING and seen.device is Device.HEALTHY,
         )
@@ -95,10 +100,11 @@ class Attachment(Holding):
 
     async def answers(self) -> bool:
         """Whether QSD answers, and has the export: one QMP call."""
+        asked = time.monotonic()
         try:
             return await (await self.qsd.session()).has_export(blockdev.EXPORT)
         except StoragedError as error:
-            await self.qsd.note_answer(error)
+            await self.qsd.note_answer(error, asked)
             return False
 
     async def qemu_arguments(self, timeout: float) -> QemuArguments:
@@ -132,7 +138,8 @@ class Attachment(Holding):
         if record is not None:
             self.spec = record.spec
             self.environment.claims.hold(self.spec.name, record.sources)
-            alive = record.process is not None and self.qsd.find(record.process)
+            # It may have been found by an earlier try that was cut short.
+            alive = self.qsd.alive or (record.process is not None and self.qsd.find(record.process))
             found = self.transport.find_device(self.site, record)
             if record.device is None and found is not None and found.device is not None:
                 # The daemon died between the set-up and the record.

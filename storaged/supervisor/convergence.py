@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 
 from storaged.errors import ErrorCode, StoragedError
+from storaged.host.process import boot_id
 from storaged.model.health import Condition
 from storaged.model.history import Happening, History
 from storaged.model.plan import DOING, RESCUES, Device, Goal, Observed, Qsd, Step, plan
@@ -45,7 +46,9 @@ class Convergence(Actor):
         self._environment = environment
         self._health = Health(self.attachment)
         self._journal = Journal(self.attachment)
-        self._stored: Goal | None = None if fresh else self.goal
+        self._stored: Goal | str | None = None if fresh else self.goal
+        self._adopted = fresh
+        self._refused: StoragedError | None = None
         self._fresh = fresh
         self._first_failure: StoragedError | None = None
         self._was_online = False
@@ -76,6 +79,8 @@ class Convergence(Actor):
         repeats, last, started = 0, None, False
         self._step = None
         force = force or self.goal in RESCUES
+        if not self._adopted:
+            await self._take_over()
         while True:
             self.seen = await self.attachment.observe()
             step = plan(self.goal, self.seen, force=force)
@@ -101,7 +106,9 @@ class Convergence(Actor):
             self._environment.fault(f"before {step}")
             left = max(0.1, self._deadline - time.monotonic())
             try:
-                await self.attachment.perform(step, timeout=left, force=force)
+                # What has lost writes must not stay, whoever uses it.
+                gone = self.seen.lost and self.goal is Goal.ATTACHED
+                await self.attachment.perform(step, timeout=left, force=force or gone)
             except StoragedError as error:
                 raise error.at(volume=self.name, step=step) from error
             self._environment.fault(f"after {step}")
@@ -123,10 +130,31 @@ class Convergence(Actor):
                 hint="the storage below may hang; detach --force ends the volume without it",
             )
 
+    async def _take_over(self) -> None:
+        """Take over what an earlier daemon left, unless that is done. One that is cut short begins anew."""
+        await self._journal.load()
+        try:
+            await self.attachment.adopt()
+        except StoragedError as error:
+            if error.code is not ErrorCode.ADOPTION_REFUSED:
+                raise
+            self._refused = error
+        self._adopted = True
+        self.spec = self.attachment.spec
+        # The record of a device, or a socket, means that it has been usable: what is missing now is replaced.
+        record = self.attachment.record
+        self._was_online = record is not None and (record.device or record.socket) is not None
+        if self._was_online:
+            self._journal.add(Happening.ADOPTED, "taken over from an earlier daemon")
+        if self._refused is not None and self.goal is not Goal.ABSENT:
+            raise self._refused
+
     async def _store(self, goal: Goal) -> None:
         """Store what is wished for. Raises NO_SPACE, HOST_STUCK."""
         store = self._environment.store_of(self.spec.persist)
-        desired = Desired(spec=self.spec, wanted=goal.value)
+        desired = Desired(spec=self.spec, wanted=goal.value, boot=boot_id() if goal in RESCUES else "")
+        # One that is given up may be written all the same.
+        self._stored = "unknown"
         await self.attachment.blocking("store what is wished", 30.0, store.put, desired)
         self._stored = goal
 
@@ -134,10 +162,7 @@ class Convergence(Actor):
 
     @property
     def _adoption_refused(self) -> bool:
-        return (
-            self.goal is Goal.ATTACHED
-            and self.failure is not None and self.failure.code is ErrorCode.ADOPTION_REFUSED
-        )
+        return self._refused is not None and self.goal is not Goal.ABSENT
 
     def _settle(self, *, working: bool = False) -> None:
         """Take over the state that the last observation amounts to."""

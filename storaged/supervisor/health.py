@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
+from storaged.errors import StoragedError
 from storaged.host import disk, process, tcp
 from storaged.model.health import (
     STALLED_AFTER,
@@ -24,7 +25,7 @@ _ASK_EVERY = 60.0
 #: Seconds of a standstill after which it is asked at once.
 _SUSPICIOUS = 2.0
 #: Seconds between two samples that tell at once whether anything moves.
-_PROBE = 0.3
+_PROBE = 1.0
 #: Seconds for an answer of a QSD whose device stands still; one that takes longer is ended without one.
 _QUICK_ANSWER = 1.0
 #: Seconds for the look at QSD's threads and connections in /proc.
@@ -79,10 +80,10 @@ class Health:
         self._held.stalled = self.standstill >= self.patience
         return self.standstill < _SUSPICIOUS
 
-    async def probe(self) -> None:
-        """Before all I/O is ended: find out within a moment what nobody needs to wait for. Raises HOST_STUCK.
+    async def find_standstill(self) -> None:
+        """Before all I/O is ended: find out within a moment whether requests are in flight of which none ends.
 
-        That is requests in flight of which none ends, and a QSD that is stopped or gives no answer at once.
+        What was written and not flushed is given up then.
         """
         held, first = self._held, self._sample()
         self.in_flight = first.in_flight if first is not None else 0
@@ -90,13 +91,41 @@ class Health:
             await asyncio.sleep(_PROBE)  # nothing tells that nothing happens
             second = self._sample()
             held.stalled = second is not None and second.in_flight > 0 and second.ended == first.ended
+        await self.find_silence()
+
+    async def find_silence(self) -> None:
+        """Before something is done by force: nobody needs to wait for a QSD that is stopped or hangs.
+
+        A standstill counts only if it has lasted: a pause of the storage must cost nobody a flush.
+        """
+        held = self._held
+        if not held.stalled:
+            self.glance()
+            held.stalled = held.stalled or self.standstill >= _SUSPICIOUS
         if held.record is None or held.record.process is None or not held.qsd.alive:
             return
-        threads, _ = await held.blocking("look at QSD", _PATIENCE, _look_at, held.record.process.pid)
+        try:
+            threads, _ = await held.blocking("look at QSD", _PATIENCE, _look_at, held.record.process.pid)
+        except StoragedError:
+            threads = ""  # too much hangs already
         if STOPPED & set(threads):
             held.qsd.note_silence()
         elif held.stalled:
             await held.qsd.ask(_QUICK_ANSWER)
+
+    async def has_recovered(self) -> bool:
+        """Before a policy is carried out: whether what it is about is over. The condition is dropped then."""
+        condition, held = self.condition, self._held
+        if condition is None or condition.trouble is Trouble.NO_SERVER:
+            return False
+        if condition.trouble.of_backend:
+            self.glance()
+            over = not held.stalled
+        else:
+            over = held.qsd.alive and await held.qsd.ask(_QUICK_ANSWER)
+        if over:
+            self.condition = None
+        return over
 
     async def examine(self, waits: str | None) -> None:
         """Judge the present trouble, if there is one. Raises HOST_STUCK.

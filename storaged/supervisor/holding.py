@@ -40,6 +40,8 @@ class Holding:
         # detach needs.
         self.source_calls = BlockingCalls(f"{spec.name}, source")
         self.opening: opening.Opening | None = None
+        self.half_open = False
+        """QSD was told to open the source, and it is not known what became of that."""
         self.connection_lost = False
         self.stalled = False
         """Requests of the device are in flight and none ends, as far as is known: nothing may wait for them."""

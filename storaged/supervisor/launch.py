@@ -86,7 +86,10 @@ def launch(
             )
         else:
             transport = TRANSPORTS[former.transport]
-            record = msgspec.structs.replace(former, binary=binary, process=None, qsd_version="", rescue=False)
+            record = msgspec.structs.replace(
+                # It has acknowledged nothing yet. (Of its predecessor's losses the record says "lost" by now.)
+                former, binary=binary, process=None, qsd_version="", rescue=False, settled=True
+            )
         held += take_names(site, transport.claims(site), environment.lock_directory)
         if former is None:
             transport.refuse_foreign(site)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import shutil
@@ -29,15 +30,15 @@ _LAST_CLOSE = 5.0
 async def disconnect(held: Holding, timeout: float, *, force: bool) -> None:
     """Take the device away; without force it refuses with DEVICE_IN_USE or FLUSH_FAILED, with nothing changed."""
     record = held.known()
-    if record.lost:
-        held.notes.append(
-            f"{record.device} fails from now on: qemu-storage-daemon died with writes of it in its memory"
-        )
-    if force or record.lost:
+    if force:
+        if record.lost:
+            held.notes.append(
+                f"{record.device} fails from now on: qemu-storage-daemon died with writes of it in its memory"
+            )
         if not await _disconnect_by_force(held, record, timeout):
             return
     else:
-        if record.rescue:
+        if record.rescue or record.lost:
             # There is nothing to flush it to.
             record = msgspec.structs.replace(record, spec=msgspec.structs.replace(record.spec, read_only=True))
         try:
@@ -56,6 +57,8 @@ async def disconnect(held: Holding, timeout: float, *, force: bool) -> None:
 async def _disconnect_by_force(held: Holding, record: Record, timeout: float) -> bool:
     """Return whether the device is gone; it is not where it has to get a rescue server first."""
     flush = not (held.qsd.silent or record.rescue or record.lost or held.stalled)
+    if held.stalled and not record.rescue:
+        held.notes.append("what was written and not flushed is given up: no request has ended for a while")
     try:
         async with held.names_held():
             held.notes += await held.transport.disconnect_by_force(held.site, record, timeout, flush=flush)
@@ -80,16 +83,20 @@ async def stop(held: Holding, timeout: float, *, force: bool) -> None:
     if (record is not None and record.rescue) or held.stalled or held.qsd.silent:
         await held.qsd.kill()
     elif force and record is not None and record.device is not None and held.transport.bridges:
-        with contextlib.suppress(StoragedError):
-            await hand_over(held, min(timeout, _LAST_CLOSE))
-        await held.qsd.kill()
+        try:
+            with contextlib.suppress(StoragedError, TimeoutError):
+                async with asyncio.timeout(min(timeout, _LAST_CLOSE)):
+                    await hand_over(held, min(timeout, _LAST_CLOSE))
+        finally:
+            await held.qsd.kill()
     else:
         await held.qsd.stop(timeout, export=blockdev.EXPORT, quits_badly=_quits_badly(record))
 
 
-async def hand_over(held: Holding, timeout: float) -> None:
+async def hand_over(held: Holding, timeout: float, **changes: object) -> None:
     """End QSD in good order while its device waits: a successor finds all that was acknowledged on the source.
 
+    ``changes`` are made to the record in the same moment in which it says so.
     When it fails QSD lives, and goes on with the export that the plan gives it again. Raises FLUSH_FAILED, QSD_SILENT.
     """
     session = await held.qsd.session()
@@ -101,7 +108,7 @@ async def hand_over(held: Holding, timeout: float) -> None:
     if not await session.close_everything(blockdev.EXPORT, timeout=timeout):
         raise StoragedError(ErrorCode.QSD_REFUSED, "qemu-storage-daemon does not let go of the source")
     held.environment.fault("hand over: closed")
-    await held.note(settled=True)
+    await held.note(settled=True, **changes)
     await held.qsd.kill()
 
 
@@ -112,10 +119,21 @@ async def _flush(held: Holding, session: Session, timeout: float) -> None:
     path = os.path.join(held.directory, _FLUSH_SOCKET if own_server else NBD_SOCKET)
 
     def work() -> None:
-        with connect_unix(path) as sock:
-            flush(sock, _FLUSH_EXPORT, timeout)
+        try:
+            with connect_unix(path) as sock:
+                flush(sock, _FLUSH_EXPORT, timeout)
+        except (ImportError, OSError) as error:
+            raise StoragedError(
+                ErrorCode.FLUSH_FAILED, "qemu-storage-daemon cannot be told to flush what it holds in its memory",
+                cause=str(error), hint="apt install python3-libnbd",
+            ) from error
 
+    if await session.has_export(_FLUSH_EXPORT):
+        # A try that was cut short has left it.
+        await session.delete_export(_FLUSH_EXPORT, timeout=timeout)
     if own_server:
+        with contextlib.suppress(StoragedError):
+            await session.execute("nbd-server-stop")
         await session.execute("nbd-server-start", {"addr": address})
     try:
         await session.add_export(

@@ -174,14 +174,19 @@ class Manager:
         unknown: set[str] = set()
         for store in (environment.persistent, environment.volatile):
             loaded = store.load()
-            found.update({name: self._after_boot(desired) for name, desired in loaded.volumes.items()})
+            for name, desired in loaded.volumes.items():
+                found[name] = self._after_boot(desired)
+                if found[name] != desired:
+                    store.put(found[name])
             for damaged in loaded.damaged:
                 self._report(damaged)
                 unknown.add(damaged.name)
                 record = self._record_of(damaged.name)
                 if record is not None:
                     log.warning("volume %s goes on from its record", damaged.name)
-                    found[damaged.name] = Desired(spec=record.spec)
+                    found[damaged.name] = Desired(
+                        spec=record.spec, wanted="failing" if record.rescue else "attached", boot=boot_id()
+                    )
                     environment.store_of(record.spec.persist).put(found[damaged.name])
         os.makedirs(layout.volumes_dir, mode=0o700, exist_ok=True)
         for name in sorted({*os.listdir(layout.volumes_dir), *overlay.all_names(layout.snapshots_dir)}):
@@ -208,9 +213,7 @@ class Manager:
     def _after_boot(self, desired: Desired) -> Desired:
         """Of what was rescued before the host was rebooted nothing is left that could wait or fail."""
         rescued = Goal(desired.wanted) in RESCUES
-        if rescued and not os.path.lexists(self.environment.layout.volume_dir(desired.spec.name)):
-            return Desired(spec=desired.spec)
-        return desired
+        return Desired(spec=desired.spec) if rescued and desired.boot != boot_id() else desired
 
     def _record_of(self, name: str) -> Record | None:
         path = os.path.join(self.environment.layout.volume_dir(name), "record.json")

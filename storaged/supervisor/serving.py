@@ -51,7 +51,7 @@ async def start_rescue(held: Holding, timeout: float) -> None:
 
 
 async def _greet(held: Holding, started: launch.Started, timeout: float) -> None:
-    held.opening, held.record = started.opening, started.record
+    held.opening, held.record, held.half_open = started.opening, started.record, False
     session = await held.qsd.greet(started.pidfd, started.monitor, timeout=timeout)
     # Only now it is surely itself: qsd.binary may be a script that executes the real one.
     await held.note(process=process.identify(started.pid), qsd_version=session.version)
@@ -60,8 +60,13 @@ async def _greet(held: Holding, started: launch.Started, timeout: float) -> None
 
 async def open_source(held: Holding, timeout: float) -> None:
     """Open the source, within ``timeout`` seconds; one that is half open is ended."""
+    if held.opening is None or held.half_open:
+        # An adopted QSD that never got as far as opening: nothing is known of its locks. Or a try that was cut short.
+        await _kill_unopened(held)
+        return
+    held.half_open = True
     try:
-        await _open(held, timeout)
+        await _open(held, held.opening, timeout)
     except StoragedError as error:
         # What was opened half way serves nobody, and would be in the way of the next try.
         if error.code is not ErrorCode.QSD_DIED:
@@ -70,7 +75,7 @@ async def open_source(held: Holding, timeout: float) -> None:
 
 
 async def _kill_unopened(held: Holding) -> None:
-    """A QSD without its disk has acknowledged nothing, or has closed it all; one that is silent cannot be asked."""
+    """A QSD without its disk has closed it all, and holds nothing; one that is silent cannot be asked."""
     if not held.known().settled:
         try:
             nodes = await (await held.qsd.session()).node_names()
@@ -81,12 +86,8 @@ async def _kill_unopened(held: Holding) -> None:
     await held.qsd.kill()
 
 
-async def _open(held: Holding, timeout: float) -> None:
-    spec, wanted = held.spec, held.opening
-    if wanted is None:
-        # An adopted QSD that never got as far as opening: nothing is known of its locks. A new one is.
-        await _kill_unopened(held)
-        return
+async def _open(held: Holding, wanted: opening.Opening, timeout: float) -> None:
+    spec = held.spec
     session = await held.qsd.session()
     for command, arguments in held.transport.setup(held.site, held.known()):
         await session.execute(command, arguments)

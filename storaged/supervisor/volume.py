@@ -113,7 +113,13 @@ class Volume(Convergence):
                 # Who asked is told; what hangs is looked at by the way.
                 self._ask_after = 0.0
                 self.wake()
-        if self._stored is not None and self._stored is not self.goal and not self.ended:
+        death = self.attachment.qsd.last_death
+        if death is not None and self.state in _USABLE:
+            # The request has met it, and mended it by the way.
+            self.attachment.qsd.last_death = None
+            self._count_death(death)
+            self._settle()
+        if self._stored is not None and self._stored != self.goal and not self.ended:
             # What was under way ended before it could say so.
             try:
                 await self._store(self.goal)
@@ -160,20 +166,14 @@ class Volume(Convergence):
     # What is done ------------------------------------------------------------------------------------------------
 
     async def _adopt(self) -> None:
-        await self._journal.load()
-        await self.attachment.adopt()
-        self.spec = self.attachment.spec
-        # The record of a device, or a socket, means that it has been usable: what is missing now is replaced.
-        record = self.attachment.record
-        self._was_online = record is not None and (record.device or record.socket) is not None
-        if self._was_online:
-            self._journal.add(Happening.ADOPTED, "taken over from an earlier daemon")
         try:
             await self._converge()
         except StoragedError as error:
             if self.goal is Goal.ABSENT and error.code in _REFUSALS:
                 # A detach that an earlier daemon began is refused: the volume stays.
-                await self._keep(str(error))
+                record = self.attachment.record
+                failing = record is not None and record.rescue
+                await self._keep(str(error), Goal.FAILING if failing else Goal.ATTACHED)
             raise
 
     async def _look(self) -> None:
@@ -181,7 +181,7 @@ class Volume(Convergence):
             return
         failure: StoragedError | None = None
         try:
-            if self.state in _USABLE and self.attachment.looks_well() and await self.attachment.answers():
+            if self.attachment.qsd.last_death is None and self._looks_usable() and await self.attachment.answers():
                 self._health.glance()
                 self._settle()
             else:
@@ -193,6 +193,9 @@ class Volume(Convergence):
             await self._react()
         elif failure is not None:
             raise failure
+
+    def _looks_usable(self) -> bool:
+        return self.state in _USABLE and self.attachment.looks_well()
 
     async def _mend(self) -> None:
         """Do what the plan says, but not at once after repeated deaths."""
@@ -221,7 +224,10 @@ class Volume(Convergence):
         """Tell hangs apart, and keep what is found. ``failure``: what the volume fails with at the moment."""
         before = self.condition
         waits = failure is not None and self.goal is Goal.ATTACHED and self.seen.device is Device.UNSERVED
-        await self._health.examine(str(failure) if waits else None)
+        try:
+            await self._health.examine(str(failure) if waits else None)
+        except StoragedError as error:
+            log.warning("volume %s: it cannot be told why it hangs: %s", self.name, error)
         now = self.condition
         if self.goal is Goal.ATTACHED and self.state in _USABLE:
             self._settle()
@@ -241,6 +247,10 @@ class Volume(Convergence):
         """The time that a policy gives is over."""
         condition = self.condition
         assert condition is not None
+        if await self._health.has_recovered():
+            # Its last answer, or the lack of one, was of some time ago.
+            await self._converge()
+            return
         why = f"{meaning(condition.trouble)} since {time.time() - condition.since:.0f} s, and its policy is"
         why += f" {condition.policy}"
         log.warning("volume %s: %s", self.name, why)
@@ -272,8 +282,8 @@ class Volume(Convergence):
                 ErrorCode.VOLUME_BUSY, "the volume was rescued, and fails all I/O", volume=self.name,
                 hint=f"storaged resume {self.name} puts its source back; storaged detach {self.name} ends it",
             )
-        if self.failure is not None and self._adoption_refused:
-            raise self.failure
+        if self._refused is not None:
+            raise self._refused
         try:
             if self._fresh:
                 await self._store(self.goal)
@@ -323,7 +333,7 @@ class Volume(Convergence):
                     raise
                 stored = True
             if force:
-                await self._health.probe()
+                await self._health.find_silence()
             await self._converge(force=force, notes=notes)
         except asyncio.CancelledError:
             if not stored:
@@ -352,11 +362,13 @@ class Volume(Convergence):
     async def _rescue(self, keep: bool, notes: list[str]) -> None:
         if self.goal is Goal.ABSENT:
             raise self._busy("rescue", "it is being detached", "storaged detach --force ends all I/O")
-        if self.failure is not None and self._adoption_refused:
-            raise self.failure
+        if not self._adopted:
+            await self._take_over()
+        if self._refused is not None:
+            raise self._refused
         if keep:
             replacing.refuse_to_keep(self.attachment)
-        await self._health.probe()
+        await self._health.find_standstill()
         what = "the device stays and fails" if keep else "the device goes"
         self._journal.add(Happening.RESCUE, f"asked for: {self._health.in_flight} requests were in flight, {what}")
         await self._end_io(Goal.FAILING if keep else Goal.RELEASED, notes)
@@ -373,8 +385,14 @@ class Volume(Convergence):
         before = self.goal
         if before is Goal.ABSENT:
             raise self._busy("resume", "it is being detached", "attach it again when it is gone")
+        if not self._adopted:
+            await self._take_over()
+        if self._refused is not None:
+            raise self._refused
         if before is Goal.ATTACHED and self.state is State.ONLINE:
             return
+        # Before anything is touched: what fails goes on failing.
+        await replacing.check_source(self.attachment, max(0.1, self._deadline - time.monotonic()))
         self.goal = Goal.ATTACHED
         try:
             await self._store(Goal.ATTACHED)
@@ -394,11 +412,12 @@ class Volume(Convergence):
         if self.state is not State.ONLINE:
             raise self._busy("upgrade", f"it is {self.state}, not online", f"storaged show {self.name} says why")
         before = self._version()
-        await replacing.choose_program(self.attachment, timeout)
+        await replacing.check_source(self.attachment, timeout)
+        binary = await replacing.choose_program(self.attachment, timeout)
         began = time.monotonic()
         try:
-            await replacing.end_the_old_one(self.attachment, max(0.1, self._deadline - time.monotonic()))
-        except StoragedError:
+            await replacing.end_the_old_one(self.attachment, binary, max(0.1, self._deadline - time.monotonic()))
+        except Exception:
             # The old one goes on.
             await self._converge()
             raise

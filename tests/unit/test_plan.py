@@ -100,8 +100,8 @@ def test_a_rescue_that_releases_leaves_the_directory_alone(kind: Kind) -> None:
     for start in WORLDS:
         if start.kind is kind:
             end = go(Goal.RELEASED, start, force=True)[1]
-            # Of a socket that is gone nothing is left but the record.
-            assert replace(end, directory=False, front=False, device=False) == World(kind), start
+            # Of a socket that is gone nothing is left but the record; it also says which server was the last.
+            assert replace(end, directory=False, front=False, device=False, rescue=False) == World(kind), start
             assert end.seen.device is Device.NONE, start
             assert end.directory >= start.directory, start
             assert not end.seen.remains
@@ -116,6 +116,19 @@ def test_a_device_that_fails_goes_on_with_the_real_one_when_it_is_resumed(kind: 
     steps, resumed = go(Goal.ATTACHED, failing)
     assert steps == [Step.STOP, Step.START, Step.OPEN, Step.EXPORT, *reconnect]
     assert resumed == attached
+
+
+def test_a_rescue_server_that_hangs_gives_way_to_the_real_one() -> None:
+    for start in WORLDS:
+        if start.rescue and start.qsd is Qsd.SILENT:
+            assert go(Goal.ATTACHED, start)[1].served, start
+
+
+@pytest.mark.parametrize("kind", BRIDGING)
+def test_a_device_that_fails_does_not_work_once_more_on_its_way_out(kind: Kind) -> None:
+    failing = do(Step.STOP, go(Goal.FAILING, go(Goal.ATTACHED, World(kind))[1], force=True)[1])
+    for force in BOTH:
+        assert Step.START not in go(Goal.ABSENT, failing, force=force)[0]
 
 
 def test_by_force_a_stalled_server_is_ended_before_a_device_that_waits_for_it() -> None:
@@ -240,7 +253,7 @@ def test_what_is_wanted_is_never_taken_down() -> None:
 
 def test_over_the_head_of_a_silent_qsd_nothing_is_done() -> None:
     for seen in EVERYTHING:
-        if seen.qsd is Qsd.SILENT:
+        if seen.qsd is Qsd.SILENT and not seen.rescue:
             assert plan(Goal.ATTACHED, seen) is None
 
 
@@ -261,7 +274,7 @@ def test_a_device_that_works_or_waits_is_never_cleared() -> None:
 def test_without_force_there_is_no_rescue() -> None:
     for seen in EVERYTHING:
         for goal in (Goal.ATTACHED, Goal.ABSENT):
-            assert seen.lost or plan(goal, seen) is not Step.RESCUE
+            assert seen.rescue or plan(goal, seen) is not Step.RESCUE
 
 
 def test_a_rescue_server_is_never_told_to_open_the_source() -> None:

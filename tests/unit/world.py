@@ -95,7 +95,8 @@ def makes_sense(world: World) -> bool:
         (world.opened and world.qsd is Qsd.NONE)
         or (world.export and not world.opened)
         or (world.qsd is not Qsd.NONE and not world.directory)
-        or (world.rescue and (world.kind not in (Kind.VDUSE, Kind.NBD) or world.qsd is Qsd.NONE))
+        # Which server it had last is told by the record, which is in the volume's directory.
+        or (world.rescue and (world.kind not in (Kind.VDUSE, Kind.NBD) or not world.directory))
         or (world.served and not (world.device and world.export))
         # Only NBD has a device that another export than the present one may once have served.
         or (world.device and world.export and not world.served and world.kind is not Kind.NBD)
@@ -134,7 +135,7 @@ def do(step: Step, world: World, *, force: bool = False) -> World:
         case Step.RESCUE:
             assert world.qsd is Qsd.NONE, "the first may still write"
             assert world.kind in (Kind.VDUSE, Kind.NBD), "only there it makes a difference"
-            assert force, "what waits would be lost"
+            assert force or world.rescue, "what waits would be lost"
             return replace(
                 world, qsd=Qsd.RUNNING, rescue=True, opened=True, export=False, directory=True,
                 front=world.front or world.kind is Kind.NBD,
@@ -192,7 +193,7 @@ def do(step: Step, world: World, *, force: bool = False) -> World:
 
 def qsd_dies(world: World) -> World:
     """Whatever it made of the host stays behind."""
-    return replace(world, qsd=Qsd.NONE, rescue=False, opened=False, export=False, served=False, stalled=False)
+    return replace(world, qsd=Qsd.NONE, opened=False, export=False, served=False, stalled=False)
 
 
 def qsd_quits(world: World) -> World:
