@@ -97,6 +97,7 @@ async def _open(held: Holding, wanted: opening.Opening, timeout: float) -> None:
         )
         await session.execute("object-add", secret)
     await session.execute("blockdev-add", wanted.node, timeout=timeout)
+    held.environment.fault("open: added")
     pid = held.known().process
     as_wanted = pid is not None and await held.source_calls(
         "look at what QSD opened", timeout, opening.opened_as_wanted, wanted, pid.pid

@@ -78,7 +78,7 @@ def test_a_filesystem_survives_kill_9_of_the_daemon_with_writes_running(daemon: 
 
 PLACES = [
     *(f"{when} {step}" for step in ATTACH_STEPS for when in ("before", "after")),
-    "start: recorded", "start: spawned", "connect: made",
+    "start: recorded", "start: spawned", "open: added", "connect: made",
 ]
 
 

@@ -306,3 +306,66 @@ def test_a_detached_volume_takes_its_history_along(daemon: Daemon, place: Path) 
     volume = daemon.show("a")
     assert volume["deaths"] == 0
     assert "death" not in [entry["kind"] for entry in volume["history"]]
+
+
+def test_an_upgrade_without_the_source_leaves_the_one_that_still_has_it(daemon: Daemon, place: Path) -> None:
+    """An image that was moved or removed lives on in the QSD that has it open: it is the last that does."""
+    source = image(place / "a.raw", "raw")
+    device = daemon.device("a", source, transport="fuse")
+    writes(device, 0, PATTERN)
+    former = daemon.qsd("a")
+    os.rename(source, place / "away.raw")
+    assert error_of(lambda: daemon.call("Upgrade", name="a")).code is ErrorCode.SOURCE_MISSING
+    image(source, "raw")
+    assert error_of(lambda: daemon.call("Upgrade", name="a")).code is ErrorCode.SOURCE_CHANGED
+    assert (daemon.qsd("a"), daemon.online("a")) == (former, True)
+    assert reads(device, 0, len(PATTERN)) == PATTERN
+    daemon.detach("a")
+
+
+def test_a_refused_adoption_stays_refused_when_it_is_resumed_or_rescued(stopped: Daemon, place: Path) -> None:
+    stopped.start()
+    device = stopped.device("a", image(place / "a.raw", "raw"), transport="fuse")
+    stopped.kill()
+    (Path(stopped.layout.volume_dir("a")) / "record.json").unlink()
+    stopped.start()
+    eventually(lambda: stopped.show("a")["state"] == "failed", "refused")
+    for method in ("Resume", "Rescue", "Upgrade"):
+        error = error_of(lambda method=method: stopped.call(method, name="a"))  # type: ignore[misc]  # a default
+        assert error.code in (ErrorCode.ADOPTION_REFUSED, ErrorCode.VOLUME_BUSY)
+    time.sleep(3)  # looks go on meanwhile
+    seen = stopped.show("a")
+    assert (seen["state"], seen["failure"]["code"]) == ("failed", ErrorCode.ADOPTION_REFUSED)
+    reads(device, 0, 512)
+    stopped.detach("a")
+
+
+def test_a_policy_is_not_carried_out_on_a_qsd_that_goes_on_again(daemon: Daemon, place: Path) -> None:
+    device = daemon.device(
+        "a", image(place / "a.raw", "raw"), transport="fuse", options={"on-hang": "fail-after:8"}
+    )
+    with stopped_qsd(daemon, "a") as server, reader(device):
+        eventually(lambda: daemon.show("a")["condition"], "the hang is found", timeout=40)
+        os.kill(server, signal.SIGCONT)
+    eventually(lambda: daemon.online("a") and daemon.show("a")["condition"] is None, "well again", timeout=40)
+    time.sleep(5)
+    assert daemon.online("a")
+    daemon.detach("a")
+
+
+def test_a_death_that_a_request_has_mended_is_counted_and_costs_no_more(daemon: Daemon, place: Path) -> None:
+    daemon.device("a", image(place / "a.raw", "raw"), transport="fuse")
+    former = daemon.kill_qsd("a")
+    daemon.attach("a", place / "a.raw", transport="fuse")  # the same wish: mends it if it comes first
+    eventually(lambda: daemon.replaced("a", former), "replaced")
+    eventually(lambda: daemon.show("a")["deaths"] == 1, "counted")
+    assert daemon.process is not None
+    stat = Path(f"/proc/{daemon.process.pid}/stat")
+
+    def ticks() -> int:
+        return sum(int(field) for field in stat.read_text().rpartition(")")[2].split()[11:13])
+
+    before = ticks()
+    time.sleep(3)
+    assert ticks() - before < 100, "it has nothing to do"
+    daemon.detach("a")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -574,3 +575,18 @@ def test_what_an_attach_failed_of_is_told_although_taking_it_back_outlasts_its_t
         await is_free(manager)
 
     with_manager(tmp_path, MemoryStore(), work)
+
+
+@pytest.mark.parametrize("wanted", ["failing", "released"])
+def test_what_was_rescued_before_a_reboot_is_attached_after_it_and_from_then_on(
+    tmp_path: Path, spec: VolumeSpec, world: type[World], wanted: Any
+) -> None:
+    store = MemoryStore()
+    store.put(Desired(spec=spec, wanted=wanted, boot="another boot"))
+
+    async def work(manager: Manager) -> None:
+        os.makedirs(manager.environment.layout.run_dir)
+        await manager.start()
+        assert store.load().volumes == {"a": Desired(spec=spec)}, "not at each later start either"
+
+    with_manager(tmp_path, store, work)

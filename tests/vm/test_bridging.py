@@ -139,3 +139,44 @@ def test_by_policy_a_device_without_a_source_is_given_up(daemon: Daemon, place: 
     assert daemon.call("Resume", name="a")["volume"]["device"] == device
     reads(device, 0, BLOCK)
     daemon.detach("a")
+
+
+@pytest.mark.parametrize("fault", ["hand over: unexported", "hand over: closed"])
+def test_the_daemon_dies_within_an_upgrade_and_the_next_one_goes_on_without_a_loss(
+    stopped: Daemon, place: Path, transport: str, fault: str
+) -> None:
+    stopped.start(fault=fault)
+    device = stopped.device("a", image(place / "a", "qcow2"), format="qcow2", transport=transport)
+    fd = os.open(device, os.O_RDWR | os.O_DIRECT)
+    try:
+        direct_write(fd, 8 << 20, b"w" * BLOCK)
+        assert error_of(lambda: stopped.call("Upgrade", name="a")).code is ErrorCode.DAEMON_UNREACHABLE
+        stopped.wait_dead()
+        stopped.start()
+        eventually(lambda: stopped.online("a"), "it goes on", timeout=60)
+        assert stopped.show("a")["device"] == device
+        direct_write(fd, 0, b"x" * BLOCK)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    assert reads(device, 8 << 20, BLOCK) == b"w" * BLOCK
+    stopped.detach("a", timeout=60)
+
+
+@pytest.mark.parametrize("fault", ["after stop", "after rescue"])
+def test_the_daemon_dies_within_a_rescue_and_the_next_one_finishes_it(
+    stopped: Daemon, place: Path, transport: str, fault: str
+) -> None:
+    stopped.start(fault=fault)
+    device = stopped.device("a", image(place / "a.raw", "raw"), transport=transport)
+    os.kill(stopped.qsd("a"), signal.SIGSTOP)
+    with reader(device) as process:
+        error = error_of(lambda: stopped.call("Rescue", name="a", keep=True))
+        assert error.code is ErrorCode.DAEMON_UNREACHABLE
+        stopped.wait_dead()
+        stopped.start()
+        eventually(lambda: stopped.show("a")["state"] == "rescued", "finished", timeout=60)
+        assert process.wait(20) != 0
+    assert stopped.call("Resume", name="a")["volume"]["device"] == device
+    reads(device, 0, BLOCK)
+    stopped.detach("a", timeout=60)
