@@ -9,22 +9,31 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
+import time
+from typing import Any
 
 from storaged.errors import StoragedError
 from storaged.host import protection
 from storaged.host.blocking import BlockingCalls
-from storaged.host.dbus import BUS, BusError, Connection, Message, Variant
 
 #: Bytes of a QSD that are not reclaimed. Under load the scope of one holds 4 to 15 MiB beside the page cache of its
 #: image; its program and libraries are 9 MiB, which count where they were read first; the rest is reserve.
 MEMORY_MIN = 32 << 20
 SLICE = "storaged.slice"
-_SYSTEMD = ("org.freedesktop.systemd1", "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager")
+SYSTEM_BUS = "/run/dbus/system_bus_socket"
+#: Path, name on the bus and interface.
+_BUS = ("/org/freedesktop/DBus", "org.freedesktop.DBus", "org.freedesktop.DBus")
+_SYSTEMD = ("/org/freedesktop/systemd1", "org.freedesktop.systemd1", "org.freedesktop.systemd1.Manager")
+#: org.freedesktop.systemd1(5): JobRemoved(id, path of the job, unit, result).
 _JOBS = (
-    "type='signal',sender='org.freedesktop.systemd1',interface='org.freedesktop.systemd1.Manager',member='JobRemoved'"
+    "type='signal',sender='org.freedesktop.systemd1',interface='org.freedesktop.systemd1.Manager',"
+    "member='JobRemoved',arg2='{unit}'"
 )
 _PROPERTIES = "a(sv)"
+#: Bytes that may come over one connection. It takes some hundreds; anybody on the bus may send us more.
+_MOST = 1 << 20
 #: Seconds. Nobody waits for it.
 _PATIENCE = 30.0
 
@@ -60,7 +69,7 @@ async def protect(pid: int, name: str, *, memory_min: int = MEMORY_MIN) -> None:
         await _calls("keep qemu-storage-daemon's program in memory", _PATIENCE, protection.keep_program, pid)
         if available():
             await _calls("move qemu-storage-daemon into its scope", _PATIENCE + 5, enclose, pid, name, memory_min)
-    except (StoragedError, BusError, OSError) as error:
+    except (StoragedError, OSError, ImportError) as error:
         _complain(name, error)
 
 
@@ -75,30 +84,38 @@ def _complain(name: str, error: Exception) -> None:
 
 
 def enclose(pid: int, name: str, memory_min: int = MEMORY_MIN) -> None:
-    """Move a process into its scope, unless it is there. Blocks. Raises BusError, OSError, TimeoutError."""
+    """Move a process into its scope, unless it is there or gone. Blocks. Raises OSError (as TimeoutError), ImportError.
+    """
+    # Not at the top, because without systemd nobody needs it. But read even if there is nothing to do, for an adopted
+    # QSD: memory may be short when its successor comes.
+    import jeepney  # noqa: F401
+
     unit = unit_name(name, pid)
     if _gone_or_in(unit, pid):
         return
-    with Connection(_PATIENCE) as bus:
-        bus.call(BUS, "AddMatch", "s", _JOBS)
-        bus.call(_SYSTEMD, "Subscribe")
-        properties = [
-            ("Description", Variant("s", f"qemu-storage-daemon of the storaged volume {name}")),
-            ("Slice", Variant("s", SLICE)),
-            ("PIDs", Variant("au", [pid])),
-            # At the shutdown it has to outlive the filesystems on its disk. So has the slice, whose unit file says so.
-            ("DefaultDependencies", Variant("b", False)),
-            ("CollectMode", Variant("s", "inactive-or-failed")),
-            ("MemorySwapMax", Variant("t", 0)),
-            ("MemoryMin", Variant("t", memory_min)),
-            # systemd-oomd does not look at oom_score_adj.
-            ("ManagedOOMPreference", Variant("s", "omit")),
-        ]
+    properties = [
+        ("Description", ("s", f"qemu-storage-daemon of the storaged volume {name}")),
+        ("Slice", ("s", SLICE)),
+        ("PIDs", ("au", [pid])),
+        # At the shutdown it has to outlive the filesystems on its disk. So has the slice, whose unit file says so.
+        ("DefaultDependencies", ("b", False)),
+        ("CollectMode", ("s", "inactive-or-failed")),
+        ("MemorySwapMax", ("t", 0)),
+        ("MemoryMin", ("t", memory_min)),
+        # systemd-oomd does not look at oom_score_adj.
+        ("ManagedOOMPreference", ("s", "omit")),
+    ]
+    with SystemBus(_PATIENCE) as bus:
         try:
-            job = bus.call(_SYSTEMD, "StartTransientUnit", f"ss{_PROPERTIES}a(s{_PROPERTIES})", unit, "fail",
-                           properties, [])[0]
-            _wait_for(bus, job)
-        except BusError:
+            bus.call(_BUS, "AddMatch", "s", _JOBS.format(unit=unit))
+            bus.call(_SYSTEMD, "Subscribe")
+            (job,) = bus.call(
+                _SYSTEMD, "StartTransientUnit", f"ss{_PROPERTIES}a(s{_PROPERTIES})", unit, "fail", properties, []
+            )
+            result = bus.result_of(job)
+            if result != "done":
+                raise OSError(f"systemd's job to move it has ended with {result!r}")
+        except OSError:
             if cgroup_of(pid):
                 raise
             return  # it died meanwhile
@@ -107,20 +124,109 @@ def enclose(pid: int, name: str, memory_min: int = MEMORY_MIN) -> None:
         _set_minimum(bus, cgroup_of(pid), memory_min)
 
 
-def _wait_for(bus: Connection, job: str) -> None:
-    for signal in bus.signals():
-        if _is_end_of(signal, job):
-            if signal.body[3] != "done":
-                raise OSError(f"systemd's job to move it has ended with {signal.body[3]!r}")
-            return
+class SystemBus:
+    """A connection to D-Bus's system bus. All of it has to end within ``timeout`` seconds of its making.
+
+    jeepney knows the protocol. Its own connections are not used, because they wait without a deadline for the answer
+    to Hello, and for a bus that does not take what they send.
+    Raises OSError where the bus cannot be reached, ends it or sends what is no message; TimeoutError is one.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        from jeepney import Parser
+
+        self._deadline = time.monotonic() + timeout
+        self._received = 0
+        self._serial = 0
+        self._parser = Parser()
+        self._ended: dict[str, str] = {}
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._limit()
+            self._socket.connect(SYSTEM_BUS)
+            self._authenticate()
+            self.call(_BUS, "Hello")
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def __enter__(self) -> SystemBus:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def call(self, where: tuple[str, str, str], member: str, signature: str | None = None, *arguments: Any) -> Any:
+        """Call a method of (path, name, interface), return what it returns. Raises OSError with the error's name."""
+        from jeepney import DBusAddress, HeaderFields, MessageType, new_method_call
+
+        self._serial += 1
+        self._send(new_method_call(DBusAddress(*where), member, signature, arguments).serialise(self._serial))
+        while True:
+            message = self._receive()
+            fields = message.header.fields
+            if fields.get(HeaderFields.reply_serial) == self._serial:
+                if message.header.message_type is MessageType.error:
+                    raise OSError(f"{fields.get(HeaderFields.error_name)}: {' '.join(map(str, message.body))}")
+                return message.body
+
+    def result_of(self, job: str) -> str:
+        """Wait until systemd's job has ended, and return how: org.freedesktop.systemd1(5), JobRemoved."""
+        while job not in self._ended:
+            self._receive()
+        return self._ended[job]
+
+    def _authenticate(self) -> None:
+        from jeepney.auth import BEGIN, AuthenticationError, Authenticator
+
+        authenticator = Authenticator()
+        try:
+            for line in authenticator:
+                self._send(line)
+                authenticator.feed(self._read())
+        except AuthenticationError as error:
+            raise ConnectionError(f"the system bus refuses us: {error}") from error
+        self._send(BEGIN)
+
+    def _receive(self) -> Any:
+        """The next message. The end of a job is noted, whatever is waited for."""
+        from jeepney import HeaderFields
+
+        while True:
+            try:
+                message = self._parser.get_next_message()
+            except Exception as error:  # jeepney has no errors of its own for that
+                raise ConnectionError("the system bus sends what cannot be read") from error
+            if message is None:
+                self._parser.add_data(self._read())
+                continue
+            fields = message.header.fields
+            if fields.get(HeaderFields.member) == "JobRemoved" and fields.get(HeaderFields.signature) == "uoss":
+                self._ended[message.body[1]] = message.body[3]
+            return message
+
+    def _send(self, data: bytes) -> None:
+        self._limit()
+        self._socket.sendall(data)
+
+    def _read(self) -> bytes:
+        self._limit()
+        data = self._socket.recv(4096)
+        if not data:
+            raise ConnectionError("the system bus has closed the connection")
+        self._received += len(data)
+        if self._received > _MOST:
+            raise ConnectionError("the system bus sends too much")
+        return data
+
+    def _limit(self) -> None:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("no answer over the system bus")
+        self._socket.settimeout(left)
 
 
-def _is_end_of(signal: Message, job: str) -> bool:
-    # (id, path of the job, unit, result)
-    return signal.member == "JobRemoved" and len(signal.body) == 4 and signal.body[1] == job
-
-
-def _set_minimum(bus: Connection, cgroup: str, memory_min: int) -> None:
+def _set_minimum(bus: SystemBus, cgroup: str, memory_min: int) -> None:
     """A minimum counts only as far as that of the slice reaches (cgroup-v2.rst, memory.min)."""
     with _counting:
         try:
@@ -129,7 +235,7 @@ def _set_minimum(bus: Connection, cgroup: str, memory_min: int) -> None:
             return  # no cgroup v2, or it is gone
         scopes = sum(entry.endswith(".scope") for entry in entries)
         bus.call(_SYSTEMD, "SetUnitProperties", f"sb{_PROPERTIES}", SLICE, True,
-                 [("MemoryMin", Variant("t", scopes * memory_min))])
+                 [("MemoryMin", ("t", scopes * memory_min))])
 
 
 def _gone_or_in(unit: str, pid: int) -> bool:

@@ -4,56 +4,63 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from storaged.host.dbus import ERROR, RETURN, SIGNAL, Message, Variant, decode, encode
+from jeepney import DBusAddress, HeaderFields, Message, Parser, new_error, new_method_return, new_signal
 
-#: What answers a call: messages, each but for its serial.
-Answer = Callable[[Message], list[bytes]]
+#: What answers a call: messages. An empty one ends the connection.
+Answer = Callable[[Message], Iterable[bytes]]
 
 
-def returns(call: Message, signature: str = "", *values: Any) -> bytes:
+def member(message: Message) -> str:
+    """The method or signal."""
+    return str(message.header.fields[HeaderFields.member])
+
+
+def returns(call: Message, signature: str | None = None, *values: Any) -> bytes:
     """A reply."""
-    return encode(RETURN, 1, {5: Variant("u", call.serial)}, signature, *values)
+    return bytes(new_method_return(call, signature, values).serialise(1))
 
 
 def fails(call: Message, name: str, text: str) -> bytes:
     """An error reply."""
-    return encode(ERROR, 1, {5: Variant("u", call.serial), 4: Variant("s", name)}, "s", text)
+    return bytes(new_error(call, name, "s", (text,)).serialise(1))
 
 
-def signals(member: str, signature: str, *values: Any) -> bytes:
+def signals(member: str, signature: str | None = None, *values: Any) -> bytes:
     """A signal."""
-    fields = {1: Variant("o", "/x"), 2: Variant("s", "x.y"), 3: Variant("s", member)}
-    return encode(SIGNAL, 1, fields, signature, *values)
+    return bytes(new_signal(DBusAddress("/x", interface="x.y"), member, signature, values).serialise(1))
+
+
+def welcome(call: Message) -> list[bytes]:
+    """What Hello is answered."""
+    return [returns(call, "s", ":1.7")]
 
 
 @contextlib.contextmanager
-def fake_bus(path: Path, answer: Answer, greeting: bytes = b"OK 0123\r\n") -> Iterator[list[Message]]:
-    """Serve one connection on ``path`` after the other; yields the calls, Hello is answered here."""
+def fake_bus(
+    path: Path, answer: Answer, greeting: bytes = b"OK 0123\r\n", hello: Answer = welcome
+) -> Iterator[list[Message]]:
+    """Serve one connection on ``path`` after the other; yields the calls but for Hello. Looks that all were closed."""
     calls: list[Message] = []
 
     def serve(connection: socket.socket) -> None:
         with connection, connection.makefile("rb") as file:
             assert file.readline().startswith(b"\0AUTH EXTERNAL ")
-            assert file.readline() == b"BEGIN\r\n"
             connection.sendall(greeting)
-            while head := file.read(16):
-                body, fields = struct.unpack_from("<I", head, 4)[0], struct.unpack_from("<I", head, 12)[0]
-                call = decode(head + file.read(-(-fields // 8) * 8 + body))
-                if call.member == "Hello":
-                    replies = [returns(call, "s", ":1.7")]
-                else:
-                    calls.append(call)
-                    replies = answer(call)
-                for reply in replies:
-                    connection.sendall(reply)
-                    if not reply:
-                        return
+            assert file.readline() == b"BEGIN\r\n"
+            parser = Parser()
+            while data := file.read1():
+                for call in parser.feed(data):
+                    if member(call) != "Hello":
+                        calls.append(call)
+                    for reply in (hello if member(call) == "Hello" else answer)(call):
+                        connection.sendall(reply)
+                        if not reply:
+                            return
 
     def accept() -> None:
         with contextlib.suppress(OSError):
@@ -72,3 +79,4 @@ def fake_bus(path: Path, answer: Answer, greeting: bytes = b"OK 0123\r\n") -> It
         finally:
             listener.shutdown(socket.SHUT_RDWR)
             thread.join(5)
+    assert not thread.is_alive(), "a connection is still open"

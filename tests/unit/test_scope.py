@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import os
 import subprocess
-from collections.abc import Iterator
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from jeepney import HeaderFields, Message
 
 from storaged.host import scope
-from storaged.host.dbus import Connection, Message, Variant
-from tests.unit.fake_bus import Answer, fails, fake_bus, returns, signals
+from tests.unit.fake_bus import Answer, fails, fake_bus, member, returns, signals, welcome
 
+WHERE = ("/org/example", "org.example", "org.example.Some")
 JOB = "/org/freedesktop/systemd1/job/9"
 
 
@@ -30,13 +33,13 @@ def child() -> Iterator[subprocess.Popen[bytes]]:
 def anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """systemd is PID 1, its bus is ours, and nothing was told."""
     monkeypatch.setattr(scope, "available", lambda: True)
-    monkeypatch.setattr(scope, "Connection", functools.partial(Connection, path=str(tmp_path / "bus")))
+    monkeypatch.setattr(scope, "SYSTEM_BUS", str(tmp_path / "bus"))
     monkeypatch.setattr(scope, "_told", set())
 
 
 def systemd(result: str = "done") -> Answer:
     def answer(call: Message) -> list[bytes]:
-        if call.member != "StartTransientUnit":
+        if member(call) != "StartTransientUnit":
             return [returns(call)]
         other = signals("JobRemoved", "uoss", 8, f"{JOB}0", "other.scope", "failed")
         return [other, signals("JobRemoved", "uoss", 9, JOB, call.body[0], result), returns(call, "o", JOB)]
@@ -55,14 +58,17 @@ def test_systemd_is_asked_for_a_scope_that_is_not_swapped_has_a_minimum_and_outl
     # This systemd says that it was done, and has done nothing.
     with fake_bus(tmp_path / "bus", systemd()) as calls, pytest.raises(OSError, match="has not moved it"):
         scope.enclose(child.pid, "a", 12345)
-    assert [call.member for call in calls] == ["AddMatch", "Subscribe", "StartTransientUnit"]
+    assert [member(call) for call in calls] == ["AddMatch", "Subscribe", "StartTransientUnit"]
     unit, mode, properties, auxiliary = calls[2].body
+    (rule,) = calls[0].body
+    assert "member='JobRemoved'" in rule
+    assert f"arg2='{unit}'" in rule
     assert (unit, mode, auxiliary) == (f"storaged-qsd-a-{child.pid}.scope", "fail", [])
     assert dict(properties) | {"Description": None} == {
-        "Description": None, "Slice": Variant("s", "storaged.slice"), "PIDs": Variant("au", [child.pid]),
-        "DefaultDependencies": Variant("b", False), "CollectMode": Variant("s", "inactive-or-failed"),
-        "MemorySwapMax": Variant("t", 0), "MemoryMin": Variant("t", 12345),
-        "ManagedOOMPreference": Variant("s", "omit"),
+        "Description": None, "Slice": ("s", "storaged.slice"), "PIDs": ("au", [child.pid]),
+        "DefaultDependencies": ("b", False), "CollectMode": ("s", "inactive-or-failed"),
+        "MemorySwapMax": ("t", 0), "MemoryMin": ("t", 12345),
+        "ManagedOOMPreference": ("s", "omit"),
     }
 
 
@@ -75,8 +81,8 @@ def test_the_minimum_of_the_slice_is_that_of_all_its_scopes(
     monkeypatch.setattr(os, "listdir", lambda _: ["a.scope", "b.scope", "memory.min"])
     with fake_bus(tmp_path / "bus", systemd()) as calls:
         scope.enclose(child.pid, "a", 1000)
-    assert (calls[-1].member, calls[-1].body) == (
-        "SetUnitProperties", ["storaged.slice", True, [("MemoryMin", Variant("t", 2000))]]
+    assert (member(calls[-1]), calls[-1].body) == (
+        "SetUnitProperties", ("storaged.slice", True, [("MemoryMin", ("t", 2000))])
     )
 
 
@@ -93,15 +99,20 @@ def test_a_process_that_is_there_already_is_left_alone_and_one_that_is_gone_is_n
     assert calls == []
 
 
+def unknown(call: Message) -> list[bytes]:
+    return [fails(call, "org.freedesktop.DBus.Error.UnixProcessIdUnknown", "no such process")]
+
+
+@pytest.mark.parametrize("end", [unknown, systemd("failed")])
 def test_one_that_dies_while_systemd_looks_for_it_is_no_error(
-    tmp_path: Path, child: subprocess.Popen[bytes]
+    tmp_path: Path, child: subprocess.Popen[bytes], end: Answer
 ) -> None:
     def answer(call: Message) -> list[bytes]:
-        if call.member != "StartTransientUnit":
+        if member(call) != "StartTransientUnit":
             return [returns(call)]
         child.kill()
         child.wait()
-        return [fails(call, "org.freedesktop.DBus.Error.UnixProcessIdUnknown", "no such process")]
+        return list(end(call))
 
     with fake_bus(tmp_path / "bus", answer):
         scope.enclose(child.pid, "a")
@@ -130,3 +141,127 @@ def test_without_systemd_nothing_is_asked_and_nothing_said(
     monkeypatch.setattr(scope, "available", lambda: False)
     asyncio.run(scope.protect(child.pid, "a"))
     assert caplog.records == []
+
+
+def test_without_its_library_only_the_scope_is_missing(
+    child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "jeepney", None)
+    asyncio.run(scope.protect(child.pid, "a"))
+    assert "jeepney" in caplog.text
+
+
+def test_the_daemon_has_the_library_only_where_it_needs_it() -> None:
+    words = "import storaged.supervisor.daemon, sys; sys.exit('jeepney' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", words]).returncode == 0
+
+
+def test_an_error_reply_is_an_error_with_its_name(tmp_path: Path) -> None:
+    with (
+        fake_bus(tmp_path / "bus", lambda call: [fails(call, "org.example.No", "not now")]) as calls,
+        scope.SystemBus(10) as bus,
+        pytest.raises(OSError, match=r"org\.example\.No: not now"),
+    ):
+        bus.call(WHERE, "Do", "sat", "in", [1, 2])
+    fields = calls[0].header.fields
+    assert [fields[key] for key in (HeaderFields.path, HeaderFields.destination, HeaderFields.interface)] == [*WHERE]
+    assert (member(calls[0]), calls[0].body) == ("Do", ("in", [1, 2]))
+
+
+def test_the_end_of_a_job_may_come_before_or_after_the_reply_and_not_from_a_signal_of_another_kind(
+    tmp_path: Path
+) -> None:
+    def answer(call: Message) -> list[bytes]:
+        return [
+            signals("JobRemoved", "uass", 1, [JOB], "x"), signals("JobRemoved", "s", JOB), signals("Other"),
+            signals("JobRemoved", "uoss", 1, f"{JOB}1", "x", "canceled"), returns(call),
+            signals("JobRemoved", "uoss", 1, JOB, "x", "done"),
+        ]
+
+    with fake_bus(tmp_path / "bus", answer), scope.SystemBus(10) as bus:
+        bus.call(WHERE, "Do")
+        assert bus.result_of(JOB) == "done"
+        assert bus.result_of(f"{JOB}1") == "canceled"
+
+
+def endless(call: Message) -> Iterator[bytes]:
+    while True:
+        yield signals("Chatter")
+        time.sleep(0.001)
+
+
+hears_again = threading.Event()
+
+
+def deaf(call: Message) -> Iterator[bytes]:
+    yield returns(call)
+    hears_again.wait(20)
+
+
+def nothing(call: Message) -> list[bytes]:
+    return []
+
+
+def half(call: Message) -> list[bytes]:
+    return [returns(call, "s", "x" * 100)[:-50]]
+
+
+def ask(bus: scope.SystemBus) -> None:
+    bus.call(WHERE, "Do")
+
+
+def ask_much(bus: scope.SystemBus) -> None:
+    ask(bus)
+    bus.call(WHERE, "Do", "s", "x" * (8 << 20))
+
+
+def wait(bus: scope.SystemBus) -> None:
+    bus.result_of(JOB)
+
+
+@pytest.mark.parametrize(("greeting", "hello", "answer", "then"), [
+    (b"", nothing, nothing, ask), (b"OK", nothing, nothing, ask), (b"OK 0\r\n", nothing, nothing, ask),
+    (b"OK 0\r\n", endless, nothing, ask), (b"OK 0\r\n", welcome, nothing, ask), (b"OK 0\r\n", welcome, half, ask),
+    (b"OK 0\r\n", welcome, endless, ask), (b"OK 0\r\n", welcome, deaf, ask_much), (b"OK 0\r\n", welcome, nothing, wait),
+], ids=["greeting", "half a greeting", "hello", "hello with signals", "call", "half a reply", "signals", "deaf", "job"])
+def test_a_bus_that_does_not_answer_is_waited_for_until_the_deadline_and_no_longer(
+    tmp_path: Path, greeting: bytes, hello: Answer, answer: Answer, then: Callable[[scope.SystemBus], None]
+) -> None:
+    begin = time.monotonic()
+    with fake_bus(tmp_path / "bus", answer, greeting, hello):
+        hears_again.clear()
+        with pytest.raises(TimeoutError) as caught, scope.SystemBus(0.3) as bus:
+            then(bus)
+        took = time.monotonic() - begin
+        hears_again.set()
+    assert 0.25 < took < 5
+    assert str(caught.value)  # kept until here: it is not its end that closes the connection
+
+
+@pytest.mark.parametrize("reply", [
+    b"", b"?" + bytes(15), b"l\1\0\1" + b"\xff" * 12 + bytes(2 << 20), b"l\2\0\1" + bytes(4) + b"\1" * 4 + b"\x08\0\0\0"
+    + b"\xff" * 8, signals("Much", "s", "x" * (2 << 20)), signals("Some", "s", "x" * 99999) * 20,
+], ids=["end", "no order", "long header", "wrong header", "long", "many"])
+def test_a_bus_that_ends_or_sends_garbage_or_too_much_is_a_connection_error(tmp_path: Path, reply: bytes) -> None:
+    with (
+        fake_bus(tmp_path / "bus", lambda call: [reply]),
+        pytest.raises(ConnectionError),
+        scope.SystemBus(10) as bus,
+    ):
+        bus.call(WHERE, "Do")
+
+
+@pytest.mark.parametrize("greeting", [b"REJECTED EXTERNAL\r\n", b"OK 0\r\nREJECTED more\r\n"])
+def test_a_bus_that_refuses_us_says_so(tmp_path: Path, greeting: bytes) -> None:
+    with (
+        fake_bus(tmp_path / "bus", nothing, greeting),
+        pytest.raises(ConnectionError, match=r"refuses us: .*REJECTED"),
+    ):
+        scope.SystemBus(5)
+
+
+def test_no_bus_is_an_error_of_the_system() -> None:
+    with pytest.raises(FileNotFoundError):
+        scope.SystemBus(5)
+
+
