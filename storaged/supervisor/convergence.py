@@ -195,7 +195,8 @@ class Convergence(Actor):
         if error.code is not ErrorCode.QSD_SILENT:
             self._set_back()
         if news:
-            self._journal.add(Happening.FAILURE, str(error))
+            if error.code is not ErrorCode.QSD_SILENT or self._health.condition is None:
+                self._journal.add(Happening.FAILURE, str(error))
             self._emit("failure", str(error))
             log.error("%s [%s]", error, error.code)
 
