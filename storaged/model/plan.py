@@ -63,13 +63,15 @@ class Observed:
     """Not even by force can the device be taken away while nothing serves it."""
     lost: bool = False
     """What the device has acknowledged may be lost: it has to fail and go, and never to go on with a successor."""
+    bridges: bool = False
+    """The device stays when QSD dies, and its requests wait."""
     stalled: bool = False
     """Requests are in flight, and none of them ends: what needs them to end would wait for ever."""
 
     @property
     def nothing(self) -> bool:
         """Whether nothing of the volume is there."""
-        return replace(self, needs_server=False, rescue=False) == Observed()
+        return replace(self, needs_server=False, bridges=False, rescue=False) == Observed()
 
 
 class Step(StrEnum):
@@ -123,9 +125,20 @@ def plan(goal: Goal, seen: Observed, *, force: bool = False) -> Step | None:
         return _towards_attached(seen)
     if seen.device is Device.UNSERVED or (seen.needs_server and force and seen.device is Device.HEALTHY):
         return _towards_a_server(seen, force=force)
+    if force and seen.device is Device.HEALTHY and _holds_up_a_removal(seen):
+        return Step.STOP
     step = _towards_absent(seen)
     # What is rescued keeps its record and its journal.
     return None if goal in RESCUES and step is Step.REMOVE else step
+
+
+def _holds_up_a_removal(seen: Observed) -> bool:
+    """Whether the kernel could not take the device away, because its server takes no more requests.
+
+    The NBD client sends under a lock, and disconnects under the same: with the socket full both wait, and with them
+    the generic netlink of the whole host (nbd_queue_rq and nbd_disconnect in drivers/block/nbd.c).
+    """
+    return seen.bridges and not seen.rescue and (seen.qsd is Qsd.SILENT or seen.stalled)
 
 
 def _towards_failing(seen: Observed) -> Step | None:
@@ -171,7 +184,7 @@ def _towards_attached(seen: Observed) -> Step | None:
 def _towards_a_server(seen: Observed, *, force: bool) -> Step | None:
     """A device whose I/O waits: what was written is flushed by a successor, or ended by force."""
     if force and not seen.needs_server:
-        return Step.DISCONNECT
+        return Step.STOP if seen.qsd is Qsd.SILENT and _holds_up_a_removal(seen) else Step.DISCONNECT
     if seen.qsd is Qsd.SILENT:
         return Step.STOP if force else None
     if seen.qsd is Qsd.NONE:

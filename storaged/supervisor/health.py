@@ -153,7 +153,7 @@ class Health:
         if trouble is None:
             self.condition = None
             return
-        lasted = max(self.standstill if held.stalled else 0.0, 0.0 if silent is None else time.monotonic() - silent)
+        lasted = max(self.standstill, 0.0 if silent is None else time.monotonic() - silent)
         detail = f"it has not answered since; its threads are in state {''.join(sorted(set(threads)))}"
         if trouble.of_backend:
             detail = f"of {self.in_flight} requests in flight none ends"

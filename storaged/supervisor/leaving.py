@@ -56,7 +56,7 @@ async def disconnect(held: Holding, timeout: float, *, force: bool) -> None:
 
 async def _disconnect_by_force(held: Holding, record: Record, timeout: float) -> bool:
     """Return whether the device is gone; it is not where it has to get a rescue server first."""
-    flush = not (held.qsd.silent or record.rescue or record.lost or held.stalled)
+    flush = held.qsd.alive and not (held.qsd.silent or record.rescue or record.lost or held.stalled)
     if held.stalled and not record.rescue:
         held.notes.append("what was written and not flushed is given up: no request has ended for a while")
     try:
@@ -65,9 +65,9 @@ async def _disconnect_by_force(held: Holding, record: Record, timeout: float) ->
         if held.transport.reconnects and held.transport.find_device(held.site, record) is not None:
             await held.note(abandoned=[*record.abandoned, str(record.device)])
     except StoragedError as error:
-        if error.code is not ErrorCode.HOST_STUCK or not held.transport.needs_server or record.rescue:
+        if error.code is not ErrorCode.HOST_STUCK or not held.transport.bridges or record.rescue:
             raise
-        # Its requests wait for storage that does not answer. A rescue server will end them.
+        # Its requests wait for storage that does not answer. They end without QSD, or with a rescue server.
         held.notes.append(f"all I/O in flight ends with errors: {error.message}")
         await held.qsd.kill()
         return False

@@ -207,6 +207,9 @@ class NbdTransport(HostDevice):
         served = record.served_by is not None and record.served_by == record.process
         if flush and served and not record.spec.read_only:
             notes = await self.flush_before_force(site, path, lambda: nbd.backend(path) == site.bus_name, timeout)
+            if notes:
+                # QSD may have ceased to read: a disconnection would wait for who sends, and all of netlink with it.
+                raise StoragedError(ErrorCode.HOST_STUCK, notes[0])
         await site.blocking("take the NBD device away", timeout, nbd.disconnect, path, site.bus_name)
         users = await site.blocking("see the NBD device go", timeout, nbd.users_that_keep, path, site.bus_name)
         return notes + [f"{path} fails all I/O and stays until its last user is gone: {user}" for user in users]

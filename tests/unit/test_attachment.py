@@ -28,6 +28,7 @@ class Stuck(HostDevice):
 
     name = "stuck"
     needs_server = True
+    bridges = True
 
     def probe(self, build: object) -> Availability:
         return Availability(True, "it is there")

@@ -65,7 +65,7 @@ def test_from_anything_but_silence_an_attached_volume_becomes_usable(kind: Kind)
         _, end = go(Goal.ATTACHED, start)
         assert end.seen == Observed(
             Qsd.RUNNING, True, True, end.seen.remains, Device.HEALTHY, True, True, needs_server=kind is Kind.VDUSE,
-            stalled=end.stalled,
+            bridges=kind in BRIDGING, stalled=end.stalled,
         ), start
         assert end.served, start
 
@@ -315,7 +315,8 @@ def test_a_healthy_device_is_disconnected_before_anything_else_of_it_goes() -> N
     for start in WORLDS:
         if start.seen.device is Device.HEALTHY:
             assert plan(Goal.ABSENT, start.seen) is Step.DISCONNECT
-            needs_another = start.kind is Kind.VDUSE and (start.qsd is Qsd.SILENT or start.stalled)
+            hangs = start.qsd is Qsd.SILENT and (start.kind is Kind.VDUSE or not start.rescue)
+            needs_another = start.kind in BRIDGING and (hangs or start.stalled)
             assert plan(Goal.ABSENT, start.seen, force=True) is (Step.STOP if needs_another else Step.DISCONNECT)
 
 

@@ -17,9 +17,13 @@ from storaged.model.plan import Device, Observed, Qsd, Step
 BOTH = (False, True)
 #: Every value that Observed can have, whether it makes sense or not; lost apart, which overrules the rest.
 EVERYTHING = [
-    Observed(qsd, opened, exported, remains, device, linked, directory, rescue, needs_server, stalled=stalled)
+    Observed(
+        qsd, opened, exported, remains, device, linked, directory, rescue, needs_server, bridges=bridges,
+        stalled=stalled,
+    )
     for qsd, device in product(Qsd, Device)
-    for opened, exported, remains, linked, directory, rescue, needs_server, stalled in product(BOTH, repeat=8)
+    for opened, exported, remains, linked, directory, rescue, needs_server, bridges, stalled
+    in product(BOTH, repeat=9)
 ]
 
 
@@ -85,7 +89,7 @@ class World:
             device=device,
             linked=self.linked or (self.kind is Kind.VHOST_USER and device is Device.HEALTHY),
             directory=self.directory, rescue=self.rescue, needs_server=self.kind is Kind.VDUSE,
-            stalled=self.stalled and running and device is Device.HEALTHY,
+            bridges=self.kind in (Kind.VDUSE, Kind.NBD), stalled=self.stalled and running and device is Device.HEALTHY,
         )
 
 
@@ -173,6 +177,9 @@ def do(step: Step, world: World, *, force: bool = False) -> World:
                 assert world.qsd is not Qsd.NONE, "it would wait for ever"
                 assert running or not force, "its requests would never end"
                 assert not (force and world.stalled), "its requests would never end"
+            if world.kind is Kind.NBD and force and world.served and not world.rescue:
+                assert running, "netlink would stand still"
+                assert not world.stalled, "netlink would stand still"
             if not force:
                 assert world.served or world.qsd is Qsd.SILENT, "what waits would be lost"
             return replace(
