@@ -2,7 +2,7 @@
 # PYTEST_ARGS is handed to pytest: make test PYTEST_ARGS='-k vduse -x'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-host test-vm test-vm-bookworm vm-shell lint unit bench-attach bench-vm dkms clean
+.PHONY: help setup demo test test-host test-vm test-vm-bookworm test-faults vm-shell lint unit bench-attach bench-vm dkms clean
 # setup comes first in each list of prerequisites: never run them side by side.
 .NOTPARALLEL:
 
@@ -37,6 +37,20 @@ test-host: lint ## lint and the tests that run on this machine (root)
 
 test-vm: setup ## the tests that need the test machine, in it (root)
 	@scripts/vm test $(VM_TESTS) $(PYTEST_ARGS)
+	@scripts/power-cut --machine $(MACHINE)
+
+# Each fault with each transport, use and queue depth; CI runs a part of them within test-vm. A machine for each
+# transport: what one of them does to its kernel is not the other's. The table is written whatever has failed.
+test-faults: setup ## all faults under load, in test machines; writes docs/faults-matrix.md (root, hours)
+	@rm -rf .cache/faults && mkdir -p .cache/faults
+	@status=0; for transport in vduse nbd; do \
+		scripts/vm --deadline 0 test tests/vm/faults -m 'matrix or not matrix' -k $$transport $(PYTEST_ARGS) \
+			|| status=$$?; \
+		cp .cache/vm/last/faults.log .cache/faults/$$transport.log || exit; \
+	done; \
+	scripts/power-cut --machine $(MACHINE) --cuts 3 --volumes 8 >.cache/faults/power.log || status=$$?; \
+	scripts/faults-table .cache/faults/*.log >docs/faults-matrix.md || exit; \
+	cat docs/faults-matrix.md; exit $$status
 
 # Debian 12's kernel has no VDUSE: it comes from kernel-config/dkms there. QEMU is 7.2.
 test-vm-bookworm: setup ## VDUSE on Debian 12, in a test machine of its own (root)
