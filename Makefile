@@ -11,7 +11,7 @@ PYTEST_ARGS ?=
 # The Debian of the test machine: bookworm, trixie or sid. What of the tests runs in it. See docs/testing.md.
 MACHINE ?= trixie
 VM_TESTS ?= tests/vm tests/contract/test_transport.py tests/contract/test_transport_removal.py \
-	tests/contract/test_transport_accidents.py
+	tests/contract/test_transport_accidents.py tests/contract/test_transport_trouble.py
 export MACHINE
 
 help: ## print this list

@@ -56,7 +56,8 @@ class Attachment(Holding):
             qsd=qsd, opened=opened, exported=(export or qsd is Qsd.SILENT) and seen.reachable,
             remains=seen.remains, device=seen.device, linked=self._linked(seen), directory=leaving.has_directory(self),
             rescue=self.record is not None and self.record.rescue,
-            needs_server=self.transport.needs_server, bridges=self.transport.bridges, lost=self.record is not None and self.record.lost,
+            needs_server=self.transport.needs_server, bridges=self.transport.bridges,
+            lost=self.record is not None and self.record.lost,
             stalled=self.stalled and qsd is Qsd.RUNNING and seen.device is Device.HEALTHY,
         )
 
