@@ -87,11 +87,14 @@ class Health:
         """
         held, first = self._held, self._sample()
         self.in_flight = first.in_flight if first is not None else 0
-        if not held.stalled and first is not None and first.in_flight:
-            await asyncio.sleep(_PROBE)  # nothing tells that nothing happens
-            second = self._sample()
-            held.stalled = second is not None and second.in_flight > 0 and second.ended == first.ended
         await self.find_silence()
+        if held.stalled or held.qsd.silent or first is None or not first.in_flight:
+            return
+        await asyncio.sleep(_PROBE)  # nothing tells that nothing happens
+        second = self._sample()
+        held.stalled = second is not None and second.in_flight > 0 and second.ended == first.ended
+        if held.stalled:
+            await held.qsd.ask(_QUICK_ANSWER)
 
     async def find_silence(self) -> None:
         """Before something is done by force: nobody needs to wait for a QSD that is stopped or hangs.
