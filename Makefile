@@ -2,7 +2,7 @@
 # PYTEST_ARGS is handed to pytest: make test PYTEST_ARGS='-k vduse -x'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-host test-vm test-vm-bookworm test-faults vm-shell lint unit bench-attach bench-vm dkms clean
+.PHONY: help setup demo test test-host test-vm test-vm-bookworm test-faults vm-shell lint unit bench-attach bench-vm bench-recovery dkms clean
 # setup comes first in each list of prerequisites: never run them side by side.
 .NOTPARALLEL:
 
@@ -68,6 +68,12 @@ bench-vm: setup ## VDUSE and NBD against the same by hand, in the test machine (
 	@scripts/vm run 'python bench/attach_vm.py --json /run/json >&2 && cat /run/json' >.cache/bench/attach.json
 	@scripts/vm run --steady 'python bench/transports.py --json /run/json >&2 && cat /run/json' \
 		>.cache/bench/transports.json
+
+bench-recovery: setup ## how long I/O waits when QSD dies or is rescued, in the test machine and here (root)
+	@mkdir -p .cache/bench
+	@scripts/vm run 'python bench/recovery.py --json /run/json pause:vduse pause:nbd \
+		rescue:vduse rescue:nbd all:vduse all:nbd >&2 && cat /run/json' >.cache/bench/recovery.json
+	$(VENV)/python bench/recovery.py calls:fuse all:fuse
 
 dkms: ## make the Debian package that gives Debian 12's kernel VDUSE (kernel-config/dkms)
 	@scripts/dkms-deb
