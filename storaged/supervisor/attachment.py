@@ -149,7 +149,6 @@ class Attachment(Holding):
                 # Nobody has watched its connection meanwhile: it gets a new one, which the kernel takes or drops.
                 await self.note(served_by=None)
             if alive:
-                self.protect()
                 return
         servers = await self.blocking("look for processes", 10, adoption.strays, self.site)
         if record is None:

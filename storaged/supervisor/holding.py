@@ -14,7 +14,7 @@ import msgspec
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import locks, scope
 from storaged.host.blocking import BlockingCalls
-from storaged.model.record import Record
+from storaged.model.record import ProcessIdentity, Record
 from storaged.model.spec import VolumeSpec
 from storaged.qsd.served import ServedQsd
 from storaged.supervisor import launch, opening
@@ -47,6 +47,7 @@ class Holding:
         """Requests of the device are in flight and none ends, as far as is known: nothing may wait for them."""
         self._wake = wake
         self._protecting: asyncio.Task[None] | None = None
+        self._protected: ProcessIdentity | None = None
 
     @property
     def transport(self) -> Transport:
@@ -70,12 +71,13 @@ class Holding:
         await self.blocking("write the record", 10, launch.write_record, self.directory, self.record)
 
     def protect(self) -> None:
-        """Keep the present QSD in memory. Nobody waits for it; one that is under way is about a QSD that is gone."""
-        if self._protecting is not None:
-            self._protecting.cancel()
-        process = self.known().process
-        if process is not None:
-            self._protecting = asyncio.create_task(scope.protect(process.pid, self.spec.name))
+        """Keep the present QSD in memory, unless that is done. Nobody waits for it."""
+        process = self.record.process if self.record is not None and self.qsd.alive else None
+        if process is None or process == self._protected:
+            return
+        self.stop_protecting()  # one that is under way is about a QSD that is gone
+        self._protected = process
+        self._protecting = asyncio.create_task(scope.protect(process.pid, self.spec.name))
 
     def stop_protecting(self) -> None:
         """The actor ends."""

@@ -55,7 +55,6 @@ async def _greet(held: Holding, started: launch.Started, timeout: float) -> None
     session = await held.qsd.greet(started.pidfd, started.monitor, timeout=timeout)
     # Only now it is surely itself: qsd.binary may be a script that executes the real one.
     await held.note(process=process.identify(started.pid), qsd_version=session.version)
-    held.protect()
 
 
 async def open_source(held: Holding, timeout: float) -> None:

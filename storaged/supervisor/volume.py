@@ -125,6 +125,8 @@ class Volume(Convergence):
                 await self._store(self.goal)
             except StoragedError as problem:
                 log.error("what is wished of volume %s cannot be stored: %s", self.name, problem)
+        # Nothing of this is to make I/O wait longer.
+        self.attachment.protect()
         await self._journal.save()
 
     async def _leave(self) -> None:
@@ -201,10 +203,11 @@ class Volume(Convergence):
         """Do what the plan says, but not at once after repeated deaths."""
         death, self.attachment.qsd.last_death = self.attachment.qsd.last_death, None
         if death is not None:
-            self.seen = await self.attachment.observe()
-            self._settle(working=True)
             self._count_death(death)
         if time.monotonic() < self._not_before and self.state is not State.HUNG:
+            if death is not None:
+                self.seen = await self.attachment.observe()
+                self._settle(working=True)
             return
         await self._converge()
 
