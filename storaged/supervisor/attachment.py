@@ -46,6 +46,7 @@ class Attachment(Holding):
             except StoragedError as error:
                 await self.qsd.note_answer(error, asked)
                 qsd = Qsd.SILENT if self.qsd.alive else Qsd.NONE
+        self.exports = export
         seen = self.transport.observe(self.site, self.record, alive=export or qsd is Qsd.SILENT)
         if seen.device is Device.UNSERVED and qsd is Qsd.NONE:
             await self._note_losses()

@@ -40,6 +40,8 @@ class Holding:
         # detach needs.
         self.source_calls = BlockingCalls(f"{spec.name}, source")
         self.opening: opening.Opening | None = None
+        self.exports = False
+        """QSD had an export at the last look."""
         self.half_open = False
         """QSD was told to open the source, and it is not known what became of that."""
         self.connection_lost = False

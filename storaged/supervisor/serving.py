@@ -137,7 +137,7 @@ async def _open(held: Holding, wanted: opening.Opening, timeout: float) -> None:
 async def export(held: Holding, timeout: float) -> None:
     """Export the disk, as the record says."""
     record, session = held.known(), await held.qsd.session()
-    if await session.has_export(blockdev.EXPORT):
+    if held.exports:
         # The host's end of it is gone (somebody unmounted it); QSD has not noticed.
         await session.delete_export(blockdev.EXPORT, timeout=timeout)
     if record.socket is not None or record.served_by is not None:

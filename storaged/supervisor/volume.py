@@ -7,11 +7,12 @@ import logging
 import math
 import random
 import time
+from dataclasses import replace
 
 from storaged.errors import ErrorCode, StoragedError
 from storaged.model.health import Reaction, advice, meaning
 from storaged.model.history import Happening
-from storaged.model.plan import RESCUES, Device, Goal, Step
+from storaged.model.plan import RESCUES, Device, Goal, Qsd, Step
 from storaged.model.recovery import STABLE_AFTER
 from storaged.model.spec import VolumeSpec, difference
 from storaged.model.states import State
@@ -203,6 +204,9 @@ class Volume(Convergence):
         """Do what the plan says, but not at once after repeated deaths."""
         death, self.attachment.qsd.last_death = self.attachment.qsd.last_death, None
         if death is not None:
+            # So much is known without a look, for which I/O would wait.
+            self.seen = replace(self.seen, qsd=Qsd.NONE, opened=False, exported=False)
+            self._settle(working=True)
             self._count_death(death)
         if time.monotonic() < self._not_before and self.state is not State.HUNG:
             if death is not None:
