@@ -11,6 +11,7 @@ import json
 import os
 import select
 import shlex
+import signal
 import socket
 import subprocess
 import time
@@ -23,7 +24,7 @@ from common import QSD, end, run
 
 from storaged.host import nbd
 from storaged.host.nbdhandshake import negotiate
-from storaged.host.process import reap
+from storaged.host.process import reap, thread_states
 from storaged.model.blockdev import failing_node
 from storaged.qsd.version import loop_direct_io_is_safe, parse_version
 
@@ -72,9 +73,10 @@ class Hand:
         start = f"TMPDIR={self.place} {shlex.join([*self.command(), '--daemonize'])}"
         if self.transport != "fuse":
             return start
-        return f"umount -l {self.place}/export; losetup -d {self.device}; {start} && {self._losetup()}"
+        return f"umount -l {self.place}/export; losetup -d {self.device}; {start} && {self.losetup()}"
 
-    def _losetup(self) -> str:
+    def losetup(self) -> str:
+        """What sets up the loop device."""
         version = parse_version(run(QSD, "--version"))
         direct = "--direct-io=on" if version and loop_direct_io_is_safe(version) else ""
         return f"losetup --find --show --partscan {direct} {self.place}/export >{self.place}/device"
@@ -85,7 +87,7 @@ class Hand:
         """Start QSD and make the device."""
         if self.transport == "fuse":
             (self.place / "export").touch()
-            run("/bin/sh", "-c", f"{shlex.join([*self.command(), '--daemonize'])} && {self._losetup()}")
+            run("/bin/sh", "-c", f"{shlex.join([*self.command(), '--daemonize'])} && {self.losetup()}")
             self.adopt()
             return self.device
         self.start()
@@ -96,7 +98,7 @@ class Hand:
             with self._connected() as sock:
                 told = negotiate(sock, self.name)
                 self.device = nbd.connect(self.name, [sock], told, block_size=512, timeouts=_TIMEOUTS).path
-                Path(f"/sys/block/{os.path.basename(self.device)}/queue/io_timeout").write_text("500")
+            self._look_often()
         return self.device
 
     def start(self, *, failing: bool = False) -> float:
@@ -141,6 +143,7 @@ class Hand:
             with self._connected() as sock:
                 negotiate(sock, self.name)
                 nbd.reconnect(self.device, self.name, [sock], _TIMEOUTS)
+            self._look_often()
 
     def adopt(self) -> None:
         """Take over what a line for the shell has started."""
@@ -163,6 +166,10 @@ class Hand:
         end(self.pid)
         collect(self.pid)
 
+    def _look_often(self) -> None:
+        # A reconnection has set it back to 30 seconds (nbd_set_cmd_timeout in drivers/block/nbd.c).
+        Path(f"/sys/block/{os.path.basename(self.device)}/queue/io_timeout").write_text("500")
+
     def _connected(self) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX)
         sock.connect(str(self.place / "nbd.sock"))
@@ -179,6 +186,15 @@ def kill(pids: Sequence[int], *, wait: bool = True) -> None:
             select.select([pidfd], [], [])
             reap(pidfd)
         os.close(pidfd)
+
+
+def stop(pids: Sequence[int]) -> None:
+    """SIGSTOP, and see that none of their threads does anything any more: the signal takes a while to reach all."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    for pid in pids:
+        while set(thread_states(pid)) != {"T"}:
+            time.sleep(0.001)
 
 
 def collect(pid: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -15,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from aio import BLOCK, Reads, open_direct
-from common import Daemon, middle, ratios
-from hand import kill
+from common import Daemon, middle, ratios, timed
+from hand import kill, stop
+
+from storaged.api.client import Client
 
 _PATIENCE = 120.0
 #: Seconds of one phase, and how often List and Show are called in it.
@@ -33,6 +36,19 @@ def await_all_online(daemon: Daemon) -> float:
             raise SystemExit("not all volumes come back")
         time.sleep(0.02)
     return time.monotonic()
+
+
+def online_again(daemon: Daemon, volume: dict[str, Any]) -> float:
+    """Kill the QSD of a volume whose device goes with it; seconds until the daemon says that it has another one."""
+    with Client(daemon.layout.socket) as client:
+        events = client.stream("Watch", {"name": volume["name"]})
+        next(events)
+        begin = time.monotonic()
+        kill([volume["qsd_pid"]], wait=False)
+        for answer in events:
+            if answer["event"]["kind"] == "state" and answer["event"]["message"] == "online":
+                return time.monotonic() - begin
+    raise SystemExit("the daemon has ended")
 
 
 def all_online_again(daemon: Daemon, volumes: list[dict[str, Any]]) -> tuple[list[float], float]:
@@ -78,10 +94,8 @@ def phase(daemon: Daemon, busy: list[str], shown: str) -> tuple[float, list[floa
     listed: list[float] = []
     showed: list[float] = []
     for number in range(_CALLS):
-        for method, parameters, into in (("List", {}, listed), ("Show", {"name": shown}, showed)):
-            begin = time.monotonic()
-            daemon.call(method, parameters)
-            into.append((time.monotonic() - begin) * 1000)
+        listed.append(timed(functools.partial(daemon.call, "List", {})))
+        showed.append(timed(functools.partial(daemon.call, "Show", {"name": shown})))
         time.sleep(_PHASE / _CALLS * (0.5 + number % 2))
     return load.end(), listed, showed
 
@@ -102,7 +116,7 @@ def calls(transport: str, paths: list[str], rounds: int) -> dict[str, Any]:
                 if hangs:
                     fd = open_direct(sick["device"])
                     reads = Reads([(fd, turn * BLOCK)])
-                    os.kill(sick["qsd_pid"], signal.SIGSTOP)
+                    stop([sick["qsd_pid"]])
                     reader = threading.Thread(target=reads.submit)
                     reader.start()
                     # Somebody asks something of it, so that the daemon finds out meanwhile.
