@@ -469,8 +469,9 @@ def test_a_qsd_tells_a_cut_network_from_a_server_that_hangs(network: Network, pl
         return trouble_of(qsd.pid, silent=False, standstill=STALLED_AFTER)
 
     with program(*below) as server:
-        # The state of a socket that listens is 0A.
-        eventually(lambda: " 0A " in Path(f"/proc/{server.pid}/net/tcp").read_text(), "the server listens")
+        # Port 10809 in state 0A; others may listen where the process was before it came into its namespace.
+        listens = ":2A39 00000000:0000 0A "
+        eventually(lambda: listens in Path(f"/proc/{server.pid}/net/tcp").read_text(), "the server listens")
         with program(*above) as qsd:
             eventually(path.exists, "QSD listens")
             sock, _ = handshake(path, "e")
