@@ -5,6 +5,7 @@ These tests take kernel modules away, alter them and load others: nothing else m
 
 from __future__ import annotations
 
+import functools
 import lzma
 import os
 import re
@@ -197,10 +198,16 @@ def unloaded(*transports: str) -> Iterator[None]:
 
 
 def unload(*transports: str) -> None:
-    run("udevadm", "settle", "--timeout=60")
     for name in [module for transport in transports for module in MODULES[transport]]:
-        if loaded(name):
-            run("modprobe", "-r", name)
+        eventually(functools.partial(_without, name), f"the kernel is without {name}", 60)
+
+
+def _without(module: str) -> bool:
+    # Whoever opens a device node that has lost its driver makes the kernel load it again, and udev opens them.
+    run("udevadm", "settle", "--timeout=60")
+    if loaded(module):
+        print(run("modprobe", "-r", module, check=False).stderr)
+    return not loaded(module)
 
 
 @contextmanager
