@@ -7,6 +7,7 @@ a thing of this host it is the path; for one on the network it is a source itsel
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 Node = dict[str, Any]
@@ -18,7 +19,7 @@ class Backend(Protocol):
 
     @property
     def name(self) -> str:
-        """The QEMU driver."""
+        """The QEMU driver; of one that QEMU has no more, the name that it had."""
 
     @property
     def schemes(self) -> tuple[str, ...]:
@@ -29,11 +30,18 @@ class Backend(Protocol):
         """The options (-o) that this backend knows, with a line of help each."""
 
     @property
+    def defaults(self) -> Mapping[str, str]:
+        """What those of its options mean that are not said, where a value says the same."""
+
+    @property
     def example(self) -> str:
         """How a source is written, for hints."""
 
-    def parse(self, source: str) -> str:
-        """Return the location. Raises INVALID_SOURCE, INVALID_ARGUMENT, UNSUPPORTED."""
+    def parse(self, source: str, options: Mapping[str, str]) -> str:
+        """Return the location. What the source leaves out, options may say; what both say must be the same.
+
+        Raises INVALID_SOURCE, INVALID_ARGUMENT, UNSUPPORTED.
+        """
 
     def check_options(self, options: Mapping[str, str]) -> None:
         """Raise INVALID_ARGUMENT where an option of this backend has a value that it cannot have."""
@@ -42,12 +50,55 @@ class Backend(Protocol):
         """Return the blockdev options of the protocol node, without node-name."""
 
 
+@dataclass(frozen=True)
+class Secret:
+    """A secret that QSD gets as an object (object-add, qom-type secret) before it opens the node."""
+
+    id: str
+    """Of the object; the node names it."""
+    option: str
+    """The option (-o) that says where it comes from, or a secret that the source itself held."""
+    encoded: bool = False
+    """It is base64 already, and QEMU shall have what that stands for. Else QEMU has every byte as it is, but without
+    the newline at the end."""
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """What QSD must be given before it opens the node."""
+
+    secrets: tuple[Secret, ...] = ()
+    objects: tuple[Node, ...] = ()
+    """Arguments of object-add, in this order, after the secrets."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Name and text of files in QSD's working directory, readable by root alone. The node names them without a path."""
+    agent_key: str = ""
+    """The option that says where the private key is that QSD's ssh-agent shall hold; empty for no agent."""
+
+
 @runtime_checkable
 class NetworkBackend(Backend, Protocol):
     """A backend whose data is behind a server: there is no file to look at, and the server may be away for a while.
 
-    ``parse`` of a location returns the same location.
+    ``parse`` of a location, with the same options, returns the same location.
     """
+
+    @property
+    def secret_options(self) -> tuple[str, ...]:
+        """Those of its options whose value says where a secret comes from: a path, ``credential:NAME`` or ``-``."""
+
+    @property
+    def read_only(self) -> bool:
+        """Whether QEMU's driver cannot write."""
+
+    def without_secrets(self, source: str) -> tuple[str, dict[str, str]]:
+        """Take the secrets out of a source whose spelling can hold one: the source without, and option → secret.
+
+        Must not raise for what ``parse`` refuses, and ``parse`` refuses a source that still holds one.
+        """
+
+    def requirements(self, location: str, options: Mapping[str, str]) -> Requirements:
+        """Return what QSD must be given before the node."""
 
     def identity(self, location: str, real_path: Callable[[str], str]) -> str:
         """Return what the source is locked by: the same text for every spelling that can be told to be one disk.
@@ -55,3 +106,19 @@ class NetworkBackend(Backend, Protocol):
         It must not change when the server is restarted. ``real_path`` resolves the symbolic links of a path of this
         host (a unix socket's); it may block.
         """
+
+
+class NetworkDefaults:
+    """What most backends of the network have in common."""
+
+    defaults: Mapping[str, str] = {}
+    secret_options: tuple[str, ...] = ()
+    read_only = False
+
+    def without_secrets(self, source: str) -> tuple[str, dict[str, str]]:
+        """No spelling of this one holds a secret."""
+        return source, {}
+
+    def requirements(self, location: str, options: Mapping[str, str]) -> Requirements:
+        """Nothing."""
+        return Requirements()

@@ -18,13 +18,14 @@ class LocalBackend:
     options: Mapping[str, str] = {
         "aio": "threads, native (needs cache=none or directsync) or io_uring; default threads",
     }
+    defaults: Mapping[str, str] = {"aio": "threads"}
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.schemes = (name,)
         self.example = f"{name}:PATH"
 
-    def parse(self, source: str) -> str:
+    def parse(self, source: str, options: Mapping[str, str]) -> str:
         """Return the absolute path: the location of a thing of this host."""
         path = source.removeprefix(f"{self.name}:")
         if not path.startswith("/"):

@@ -5,13 +5,13 @@ URIs are those of the NBD project (doc/uri.md); ``nbd:HOST:PORT`` and ``nbd:unix
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from storaged.backends.base import Node
+from storaged.backends.base import NetworkDefaults, Node
 from storaged.backends.cache import cache_flags
 from storaged.backends.uri import authority_of, bare_host, escaped, refuse, unescaped
+from storaged.backends.values import check_numbers
 from storaged.errors import ErrorCode, StoragedError
 
 DEFAULT_PORT = 10809
@@ -45,7 +45,7 @@ class _Export:
         return f"nbd://{self.host}:{self.port}/{escaped(self.name)}"
 
 
-class NbdBackend:
+class NbdBackend(NetworkDefaults):
     """An export of an NBD server."""
 
     name = "nbd"
@@ -56,20 +56,15 @@ class NbdBackend:
         f"default {LONGEST_DELAY} (136 years)",
         "open-timeout": f"seconds until a server that cannot be reached is given up, 1 to {_LONGEST_OPEN}; default 5",
     }
+    defaults: Mapping[str, str] = {key: str(value) for key, value in DEFAULTS.items()}
 
-    def parse(self, source: str) -> str:
+    def parse(self, source: str, options: Mapping[str, str]) -> str:
         """Return the export as a URI with host, port and name. Raises INVALID_SOURCE, UNSUPPORTED."""
         return str(_read(source))
 
     def check_options(self, options: Mapping[str, str]) -> None:
         """Both are whole seconds."""
-        for key, (least, most) in _LIMITS.items():
-            text = options.get(key, str(DEFAULTS[key]))
-            if not re.fullmatch(r"[0-9]{1,10}", text) or not least <= int(text) <= most:
-                raise StoragedError(
-                    ErrorCode.INVALID_ARGUMENT, f"option {key}={text!r} is no number of seconds",
-                    hint=f"use a whole number from {least} to {most}",
-                )
+        check_numbers(options, _LIMITS)
 
     def node(self, location: str, *, read_only: bool, options: Mapping[str, str]) -> Node:
         """BlockdevOptionsNbd. Requests are done again on each new connection, so none is lost or done by halves."""

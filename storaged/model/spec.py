@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from typing import Literal
 
 import msgspec
@@ -16,7 +16,10 @@ from storaged.model.names import check_name
 COMMON_OPTIONS = {
     "backing": "allow:PATH[:PATH…], the images and directories that backing files may come from",
     "cache": "none, writeback, writethrough, directsync or unsafe, as for QEMU; default writeback",
-    "key-file": "the file that holds the passphrase of a luks image",
+    "detect-zeroes": "off, on or unmap: what becomes of blocks of zeroes that are written; default off",
+    "discard": "unmap, or ignore: what is discarded stays where it is; default unmap",
+    "encrypt": "luks: the image of the format qcow2 is encrypted; needs key-file",
+    "key-file": "where the passphrase of an encrypted image comes from: a file, credential:NAME, or - (standard input)",
     "logical-block-size": "512 or 4096; default 512",
     "on-hang": "what to do when QSD hangs: wait, restart-after:SECONDS or fail-after:SECONDS; default "
     "restart-after:30 where that loses nothing, else wait",
@@ -24,9 +27,9 @@ COMMON_OPTIONS = {
     "fail-after:SECONDS; default wait",
     "snapshot-size": "the size that the overlay of --snapshot may grow to; default 10G",
 }
+#: Of those; a backend tells its own.
 DEFAULTS = {
-    "cache": "writeback", "aio": "threads", "logical-block-size": "512", "on-stall": "wait", "open-timeout": "5",
-    "reconnect-delay": "4294967295",
+    "cache": "writeback", "detect-zeroes": "off", "discard": "unmap", "logical-block-size": "512", "on-stall": "wait",
 }
 CACHE_MODES = ("none", "writeback", "writethrough", "directsync", "unsafe")
 
@@ -120,6 +123,11 @@ def check_spec(spec: VolumeSpec, further_options: Set[str]) -> None:
                 refuse(f"option backing: {path!r} is not an absolute path", "write the whole path")
     if options.get("cache", "writeback") not in CACHE_MODES:
         refuse(f"option cache={options['cache']!r} is unknown", f"use one of {', '.join(CACHE_MODES)}")
+    for key, choices in (("discard", ("unmap", "ignore")), ("detect-zeroes", ("off", "on", "unmap"))):
+        if options.get(key, choices[0]) not in choices:
+            refuse(f"option {key}={options[key]!r} is unknown", f"use one of {', '.join(choices)}")
+    if options.get("detect-zeroes") == "unmap" and options.get("discard") == "ignore":
+        refuse("option detect-zeroes=unmap and discard=ignore exclude each other", "leave one of them out")
     if options.get("logical-block-size", "512") not in ("512", "4096"):
         refuse(f"option logical-block-size={options['logical-block-size']!r}", "use 512 or 4096")
     for key in ("on-hang", "on-stall"):
@@ -155,9 +163,13 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-def without_defaults(spec: VolumeSpec) -> VolumeSpec:
-    """Return the spec without options that only repeat their default: the same wish, said in one way."""
-    options = {key: value for key, value in spec.options.items() if DEFAULTS.get(key) != value}
+def without_defaults(spec: VolumeSpec, further: Mapping[str, str]) -> VolumeSpec:
+    """Return the spec without options that only repeat their default: the same wish, said in one way.
+
+    ``further`` are the defaults of the backend.
+    """
+    defaults = {**DEFAULTS, **further}
+    options = {key: value for key, value in spec.options.items() if defaults.get(key) != value}
     return msgspec.structs.replace(spec, options=options)
 
 

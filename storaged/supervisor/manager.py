@@ -70,8 +70,7 @@ class Manager:
 
         Raises VOLUME_EXISTS, with nothing changed, where the wishes differ.
         """
-        spec = without_defaults(spec)
-        self._check(spec)
+        spec = self._checked(spec)
         patience = timeout or self.environment.config.attach_timeout
         while True:
             volume = self._volumes.get(spec.name)
@@ -131,20 +130,21 @@ class Manager:
         except StoragedError as error:
             raise error.at(volume=name) from error
 
-    def _check(self, spec: VolumeSpec) -> None:
-        """Refuse what can be refused without touching anything."""
+    def _checked(self, spec: VolumeSpec) -> VolumeSpec:
+        """Refuse what can be refused without touching anything; return the wish as it is stored."""
         check_name(spec.name)
         try:
             backend = find_backend(spec.source)
             check_spec(spec, backend.options.keys() | options_of(spec.transport).keys())
             backend.check_options(spec.options)
-            backend.parse(spec.source)
+            backend.parse(spec.source, spec.options)
             if spec.snapshot:
                 overlay.limit_of(spec)
             check_transport(spec)
         except StoragedError as error:
             error.at(volume=spec.name)
             raise
+        return without_defaults(spec, backend.defaults)
 
     def _begin(self, volume: Volume, *, adopt: bool) -> None:
         name = volume.spec.name

@@ -64,7 +64,7 @@ def inspect(spec: VolumeSpec) -> Opening:
     backend = find_backend(spec.source)
     check_spec(spec, backend.options.keys() | options_of(spec.transport).keys())
     backend.check_options(spec.options)
-    path = backend.parse(spec.source)
+    path = backend.parse(spec.source, spec.options)
     if isinstance(backend, NetworkBackend):
         return _behind_a_server(backend, path, spec)
     chain = inspect_chain(path, spec.format, spec.allowed_backing)
@@ -206,13 +206,14 @@ def _refuse_foreign_loop(file: ImageFile, exclusive: bool) -> None:
             )
 
 
-def same_source(one: str, other: str) -> bool:
-    """Whether two sources are the same file or device of this host, or the same disk behind a server, in two spellings.
+def same_source(one: VolumeSpec, other: VolumeSpec) -> bool:
+    """Whether the sources of two specs are the same file or device of this host, or the same disk behind a server.
 
     Raises OSError where a file cannot be looked at.
     """
-    backends = find_backend(one), find_backend(other)
-    locations = [backend.parse(source) for backend, source in zip(backends, (one, other), strict=True)]
+    specs = one, other
+    backends = [find_backend(spec.source) for spec in specs]
+    locations = [backend.parse(spec.source, spec.options) for backend, spec in zip(backends, specs, strict=True)]
     identities_found = {
         backend.identity(location, os.path.realpath)
         for backend, location in zip(backends, locations, strict=True) if isinstance(backend, NetworkBackend)
@@ -231,6 +232,6 @@ async def same_wish(wanted: VolumeSpec, present: VolumeSpec, record: Record | No
     if msgspec.structs.replace(wanted, source=present.source) != present:
         return False
     try:
-        return await blocking("compare the sources", 5.0, same_source, wanted.source, present.source)
+        return await blocking("compare the sources", 5.0, same_source, wanted, present)
     except (OSError, StoragedError):
         return False

@@ -55,7 +55,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 def test_it_is_found_by_its_schemes_and_takes_what_it_parses(backend: Backend) -> None:
     source, location = EXAMPLES[backend.name]
     assert find_backend(source) is backend
-    assert backend.parse(source) == location
+    assert backend.parse(source, {}) == location
     assert BACKENDS[backend.name] is backend
     assert all(find_backend(f"{scheme}:x") is backend for scheme in backend.schemes)
 
@@ -68,15 +68,15 @@ def test_its_example_says_one_of_its_schemes(backend: Backend) -> None:
 def test_the_location_of_what_is_behind_a_server_is_a_source_and_an_identity(backend: NetworkBackend) -> None:
     source, location = EXAMPLES[backend.name]
     assert find_backend(location) is backend
-    assert backend.parse(location) == location
-    assert backend.identity(location, str) == backend.identity(backend.parse(source), str)
+    assert backend.parse(location, {}) == location
+    assert backend.identity(location, str) == backend.identity(backend.parse(source, {}), str)
 
 
 @pytest.mark.parametrize("backend", LOCAL, ids=lambda backend: backend.name)
 @pytest.mark.parametrize("location", ["", "a", "./a", "../a", " /a", "~/a", "fd:/a"])
 def test_a_relative_path_is_refused(backend: LocalBackend, location: str) -> None:
     with pytest.raises(StoragedError) as caught:
-        backend.parse(f"{backend.name}:{location}")
+        backend.parse(f"{backend.name}:{location}", {})
     assert caught.value.code is ErrorCode.INVALID_SOURCE
     assert caught.value.hint
 

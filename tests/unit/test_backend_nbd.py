@@ -20,12 +20,12 @@ PATHS = TEXT.map(lambda text: f"/{text}").filter(lambda text: len(text.encode())
 
 def node(source: str, **options: str) -> dict[str, Any]:
     said = {key.replace("_", "-"): value for key, value in options.items()}
-    return BACKEND.node(BACKEND.parse(source), read_only=False, options=said)
+    return BACKEND.node(BACKEND.parse(source, {}), read_only=False, options=said)
 
 
 def refused(source: str) -> StoragedError:
     with pytest.raises(StoragedError) as caught:
-        BACKEND.parse(source)
+        BACKEND.parse(source, {})
     assert caught.value.hint
     assert str(caught.value).encode()
     return caught.value
@@ -101,8 +101,8 @@ def test_every_name_and_path_can_be_said(export: str, path: str) -> None:
     source = f"nbd+unix:///{quote(export, safe='')}?socket={quote(path, safe='')}"
     found = node(source)
     assert (found["export"], found["server"]["path"]) == (export, path)
-    location = BACKEND.parse(source)
-    assert BACKEND.parse(location) == location
+    location = BACKEND.parse(source, {})
+    assert BACKEND.parse(location, {}) == location
     assert node(location) == found
 
 
@@ -114,19 +114,20 @@ def test_the_older_spelling_takes_everything_as_it_is(path: str, export: str) ->
 
 @given(TEXT, st.integers(1, 65535), st.ip_addresses(v=6))
 def test_addresses_have_one_location_however_they_are_written(export: str, port: int, address: Any) -> None:
-    location = BACKEND.parse(f"nbd://[{address.exploded.upper()}]:{port}/{quote(export)}")
-    assert location == BACKEND.parse(f"nbd://[{address.compressed}]:{port}/{quote(export)}") == BACKEND.parse(location)
+    location = BACKEND.parse(f"nbd://[{address.exploded.upper()}]:{port}/{quote(export)}", {})
+    assert location == BACKEND.parse(f"nbd://[{address.compressed}]:{port}/{quote(export)}", {})
+    assert location == BACKEND.parse(location, {})
     assert node(location)["server"] == inet(str(address), str(port))
 
 
 @given(st.sampled_from(BACKEND.schemes), st.text())
 def test_any_text_is_a_source_or_refused(scheme: str, rest: str) -> None:
     try:
-        location = BACKEND.parse(f"{scheme}:{rest}")
+        location = BACKEND.parse(f"{scheme}:{rest}", {})
     except StoragedError:
         assert refused(f"{scheme}:{rest}").code in (ErrorCode.INVALID_SOURCE, ErrorCode.UNSUPPORTED)
     else:
-        assert BACKEND.parse(location) == location
+        assert BACKEND.parse(location, {}) == location
         assert location.isascii()
         assert location.isprintable()
 
@@ -135,8 +136,8 @@ def test_a_socket_is_compared_by_its_real_path_and_a_host_by_its_name() -> None:
     def real(path: str) -> str:
         return f"/real{path}"
 
-    assert BACKEND.identity(BACKEND.parse("nbd:unix:/s:exportname=x"), real) == "nbd+unix:///x?socket=/real/s"
-    assert BACKEND.identity(BACKEND.parse("nbd:H:10809:exportname=x"), real) == "nbd://h:10809/x"
+    assert BACKEND.identity(BACKEND.parse("nbd:unix:/s:exportname=x", {}), real) == "nbd+unix:///x?socket=/real/s"
+    assert BACKEND.identity(BACKEND.parse("nbd:H:10809:exportname=x", {}), real) == "nbd://h:10809/x"
 
 
 def test_requests_wait_as_long_as_qemu_can_unless_something_else_is_said() -> None:

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from storaged.backends import BACKENDS
-from storaged.backends.base import Backend
+from storaged.backends.base import Backend, NetworkBackend
 from storaged.cli.parser import TRANSPORTS
 from storaged.errors import ErrorCode
 from storaged.model.config import Config, QsdConfig, parse_config
@@ -26,7 +26,13 @@ README = (ROOT / "README.md").read_text()
 FAULTS = (ROOT / "docs/faults.md").read_text()
 EXAMPLE = (ROOT / "docs/storaged.toml.example").read_bytes()
 
-BACKEND_OPTIONS = {option for backend in BACKENDS.values() for option in backend.options}
+LOCAL_OPTIONS = {
+    option for backend in BACKENDS.values() if not isinstance(backend, NetworkBackend) for option in backend.options
+}
+NETWORK_OPTIONS = [
+    (name, option) for name, backend in BACKENDS.items() if isinstance(backend, NetworkBackend)
+    for option in backend.options
+]
 TRANSPORT_OPTIONS = [(name, option) for name, transport in ALL_TRANSPORTS.items() for option in transport.options]
 CONFIG_KEYS = [field.name for struct in (Config, QsdConfig) for field in msgspec.structs.fields(struct)]
 
@@ -55,9 +61,17 @@ def test_no_code_is_explained_that_does_not_exist() -> None:
     assert {cells[0].strip("`") for cells in rows(table)[2:]} == {code.value for code in ErrorCode}
 
 
-@pytest.mark.parametrize("option", sorted(COMMON_OPTIONS.keys() | BACKEND_OPTIONS))
+@pytest.mark.parametrize("option", sorted(COMMON_OPTIONS.keys() | LOCAL_OPTIONS))
 def test_every_option_is_in_the_readme(option: str) -> None:
     assert all(row_of(README, option))
+
+
+@pytest.mark.parametrize(("backend", "option"), NETWORK_OPTIONS)
+def test_every_option_of_a_source_on_the_network_is_on_its_page_with_its_default(backend: str, option: str) -> None:
+    _, meaning, default = row_of((ROOT / f"docs/backends/{backend}.md").read_text(), option)
+    assert meaning
+    if option in BACKENDS[backend].defaults:
+        assert default.startswith(f"`{BACKENDS[backend].defaults[option]}`")
 
 
 @pytest.mark.parametrize(("transport", "option"), TRANSPORT_OPTIONS)

@@ -319,8 +319,8 @@ def test_a_volume_of_which_nothing_was_said_has_no_policies_of_its_own() -> None
 
 
 def test_to_wait_for_a_silent_backend_is_the_same_wish_as_to_say_nothing_and_for_qsd_it_is_not() -> None:
-    assert without_defaults(volume(on_stall="wait")) == volume()
-    assert without_defaults(volume(on_hang="wait")) == volume(on_hang="wait")
+    assert without_defaults(volume(on_stall="wait"), {}) == volume()
+    assert without_defaults(volume(on_hang="wait"), {}) == volume(on_hang="wait")
 
 
 @pytest.mark.parametrize("option", ["on_hang", "on_stall"])

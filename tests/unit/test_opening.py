@@ -145,10 +145,10 @@ def test_a_link_to_a_name_that_qmp_cannot_carry_is_refused(tmp_path: Path, image
 def test_two_spellings_of_a_source_are_the_same_file(tmp_path: Path, image: Path) -> None:
     (tmp_path / "link").symlink_to(image)
     (tmp_path / "other").touch()
-    assert opening.same_source(str(image), f"file:{tmp_path}/link")
-    assert not opening.same_source(str(image), str(tmp_path / "other"))
+    assert opening.same_source(spec(str(image)), spec(f"file:{tmp_path}/link"))
+    assert not opening.same_source(spec(str(image)), spec(str(tmp_path / "other")))
     with pytest.raises(OSError, match="missing"):
-        opening.same_source(str(image), str(tmp_path / "missing"))
+        opening.same_source(spec(str(image)), spec(str(tmp_path / "missing")))
 
 
 def test_a_source_behind_a_server_is_locked_by_its_name_and_nothing_is_looked_at(tmp_path: Path) -> None:
@@ -171,8 +171,8 @@ def test_what_cannot_be_checked_behind_a_server_is_refused(wishes: dict[str, Any
 
 def test_spellings_of_a_source_behind_a_server_are_compared_without_asking_it(tmp_path: Path, image: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
-    assert opening.same_source("nbd:A.invalid:10809:exportname=x", "nbd://a.invalid/x")
-    assert not opening.same_source("nbd://a.invalid/x", "nbd://a.invalid/y")
-    assert opening.same_source(f"nbd:unix:{tmp_path}/s", f"nbd+unix:///?socket={tmp_path}/link/s")
-    assert not opening.same_source(str(image), "nbd://a.invalid/x")
-    assert not opening.same_source("nbd://a.invalid/x", str(image))
+    assert opening.same_source(spec("nbd:A.invalid:10809:exportname=x"), spec("nbd://a.invalid/x"))
+    assert not opening.same_source(spec("nbd://a.invalid/x"), spec("nbd://a.invalid/y"))
+    assert opening.same_source(spec(f"nbd:unix:{tmp_path}/s"), spec(f"nbd+unix:///?socket={tmp_path}/link/s"))
+    assert not opening.same_source(spec(str(image)), spec("nbd://a.invalid/x"))
+    assert not opening.same_source(spec("nbd://a.invalid/x"), spec(str(image)))

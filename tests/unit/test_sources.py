@@ -28,7 +28,7 @@ from storaged.model.spec import CACHE_MODES
 def test_a_source_is_a_backend_and_a_path(source: str, backend: str, path: str) -> None:
     found = find_backend(source)
     assert found.name == backend
-    assert found.parse(source) == path
+    assert found.parse(source, {}) == path
 
 
 @pytest.mark.parametrize(

@@ -135,9 +135,9 @@ def test_letters_of_all_kinds_are_welcome() -> None:
 
 
 def test_a_default_that_is_said_means_the_same_as_one_that_is_not() -> None:
-    assert without_defaults(spec(options=dict(DEFAULTS))) == spec()
+    assert without_defaults(spec(options=dict(DEFAULTS)), {}) == spec()
     for key, value in DEFAULTS.items():
-        assert without_defaults(spec(options={key: value, "snapshot-size": "1G"})) == spec(
+        assert without_defaults(spec(options={key: value, "snapshot-size": "1G"}), {}) == spec(
             options={"snapshot-size": "1G"}
         )
         check_spec(spec(options={key: value}), KNOWN)
@@ -153,12 +153,12 @@ def test_a_default_that_is_said_means_the_same_as_one_that_is_not() -> None:
 )
 def test_what_is_no_default_stays(options: dict[str, str]) -> None:
     wanted = spec(options=options, persist=True, read_only=True)
-    assert without_defaults(wanted) == wanted
+    assert without_defaults(wanted, {}) == wanted
 
 
 def test_leaving_defaults_out_changes_nothing_in_what_was_given() -> None:
     wanted = spec(options=dict(DEFAULTS))
-    without_defaults(wanted)
+    without_defaults(wanted, {})
     assert wanted.options == DEFAULTS
 
 
