@@ -2,7 +2,7 @@
 # PYTEST_ARGS is handed to pytest: make test PYTEST_ARGS='-k vduse -x'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-host test-vm test-vm-bookworm test-faults vm-shell lint unit bench-attach bench-vm bench-recovery dkms clean
+.PHONY: help setup servers demo test test-host test-vm test-vm-bookworm test-faults vm-shell lint unit bench-attach bench-vm bench-recovery dkms clean
 # setup comes first in each list of prerequisites: never run them side by side.
 .NOTPARALLEL:
 
@@ -11,7 +11,8 @@ PYTEST_ARGS ?=
 # The Debian of the test machine: bookworm, trixie or sid. What of the tests runs in it. See docs/testing.md.
 MACHINE ?= trixie
 VM_TESTS ?= tests/vm tests/contract/test_transport.py tests/contract/test_transport_removal.py \
-	tests/contract/test_transport_accidents.py tests/contract/test_transport_trouble.py
+	tests/contract/test_transport_accidents.py tests/contract/test_transport_trouble.py \
+	tests/contract/test_transport_flush.py
 export MACHINE
 
 help: ## print this list
@@ -32,7 +33,10 @@ unit: setup ## the tests that need no root, in seconds
 
 test: test-host test-vm test-vm-bookworm ## lint and all tests, here and in the test machine (root)
 
-test-host: lint ## lint and the tests that run on this machine (root)
+servers: setup
+	@scripts/setup servers
+
+test-host: servers lint ## lint and the tests that run on this machine (root)
 	$(VENV)/pytest $(PYTEST_ARGS)
 
 test-vm: setup ## the tests that need the test machine, in it (root)

@@ -97,10 +97,11 @@ class Daemon:
         """The words with which every command line to this daemon begins."""
         return [*STORAGED, "--root", str(self.root)]
 
-    def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    def cli(self, *arguments: str, check: bool = True, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
         """The command line."""
         done = subprocess.run(
-            [*self.cli_command(), *arguments], capture_output=True, text=True, timeout=60
+            [*self.cli_command(), *arguments], capture_output=True, text=True, timeout=60, input=stdin,
+            stdin=subprocess.DEVNULL if stdin is None else None,
         )
         assert not check or done.returncode == 0, done.stderr
         return done

@@ -169,8 +169,12 @@ class StoragedInterface(VarlinkInterface):
         options: dict[str, str] | None = None,
         persist: bool | None = None,
         timeout: float | None = None,
+        secrets: dict[str, str] | None = None,
     ) -> Volume:
-        """Attach a volume and wait until its device can be used, at most timeout seconds."""
+        """Attach a volume and wait until its device can be used, at most timeout seconds.
+
+        secrets are in base64, by the option whose value is "-".
+        """
         raise NotImplementedError
 
     @varlinkmethod(return_parameter="notes")

@@ -1,6 +1,7 @@
 """The Varlink server: types in, types out; who may ask is decided by SO_PEERCRED (unix(7))."""
 
 import asyncio
+import base64
 import contextlib
 import logging
 import os
@@ -103,6 +104,7 @@ class Service(interface.StoragedInterface):
         options: dict[str, str] | None = None,
         persist: bool | None = None,
         timeout: float | None = None,
+        secrets: dict[str, str] | None = None,
     ) -> interface.Volume:
         """Attach a volume and wait until its device can be used, at most timeout seconds."""
         try:
@@ -116,7 +118,7 @@ class Service(interface.StoragedInterface):
             name=name, source=source, format=known, transport=transport or "auto", read_only=bool(read_only),
             snapshot=bool(snapshot), snapshot_dir=snapshot_dir, options=options or {}, persist=bool(persist),
         )
-        return self._describe(await self._manager.attach(spec, _deadline(timeout)))
+        return self._describe(await self._manager.attach(spec, _deadline(timeout), _decoded(name, secrets or {})))
 
     @varlinkmethod(return_parameter="notes")
     @_translated
@@ -210,6 +212,16 @@ class Service(interface.StoragedInterface):
                 for entry in history.entries
             ] if with_history else None,
         )
+
+
+def _decoded(name: str, secrets: dict[str, str]) -> dict[str, bytes]:
+    try:
+        return {option: base64.b64decode(text, validate=True) for option, text in secrets.items()}
+    except ValueError:
+        # Nothing of it is said again.
+        raise StoragedError(
+            ErrorCode.INVALID_ARGUMENT, "a secret is no base64", volume=name, hint="encode its bytes in base64"
+        ) from None
 
 
 def _deadline(timeout: float | None) -> float | None:

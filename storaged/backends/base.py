@@ -59,8 +59,9 @@ class Secret:
     option: str
     """The option (-o) that says where it comes from, or a secret that the source itself held."""
     encoded: bool = False
-    """It is base64 already, and QEMU shall have what that stands for. Else QEMU has every byte as it is, but without
-    the newline at the end."""
+    """It is base64 already, and QEMU shall have what that stands for."""
+    exact: bool = False
+    """Every byte of it counts. Else a newline at its end does not: it is a password in a file."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,16 @@ class Requirements:
     """Arguments of object-add, in this order, after the secrets."""
     files: Mapping[str, str] = field(default_factory=dict)
     """Name and text of files in QSD's working directory, readable by root alone. The node names them without a path."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Of QSD, added to what it has anyway. Everybody who is root can read it: it holds no secret."""
     agent_key: str = ""
     """The option that says where the private key is that QSD's ssh-agent shall hold; empty for no agent."""
+    secret_files: Mapping[str, str] = field(default_factory=dict)
+    """Name of a file in QSD's working directory, mode 0600, and the option whose secret is in it, every byte of it.
+    Written before the objects are made, which read it; nobody needs it after that."""
+
+
+NO_REQUIREMENTS = Requirements()
 
 
 @runtime_checkable
@@ -90,6 +99,21 @@ class NetworkBackend(Backend, Protocol):
     @property
     def read_only(self) -> bool:
         """Whether QEMU's driver cannot write."""
+
+    @property
+    def caches_writes(self) -> bool:
+        """Whether QEMU's driver acknowledges writes that are in its own memory only, in the cache modes with a cache.
+
+        Then the default cache mode is none: they are gone when QSD dies.
+        """
+
+    @property
+    def caches_direct(self) -> bool:
+        """Whether it does so with cache=none, too, so that only writethrough and directsync keep nothing there."""
+
+    @property
+    def recovers(self) -> bool:
+        """Whether QEMU's driver makes a new connection when it has lost its own. Else it needs another QSD."""
 
     def without_secrets(self, source: str) -> tuple[str, dict[str, str]]:
         """Take the secrets out of a source whose spelling can hold one: the source without, and option → secret.
@@ -114,6 +138,9 @@ class NetworkDefaults:
     defaults: Mapping[str, str] = {}
     secret_options: tuple[str, ...] = ()
     read_only = False
+    caches_writes = False
+    caches_direct = False
+    recovers = True
 
     def without_secrets(self, source: str) -> tuple[str, dict[str, str]]:
         """No spelling of this one holds a secret."""
@@ -121,4 +148,4 @@ class NetworkDefaults:
 
     def requirements(self, location: str, options: Mapping[str, str]) -> Requirements:
         """Nothing."""
-        return Requirements()
+        return NO_REQUIREMENTS

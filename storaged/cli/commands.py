@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from storaged.api.client import Client
 from storaged.cli import progress, render
+from storaged.cli.parser import OPTIONS_WITH_A_SWITCH
 from storaged.cli.paths import absolute, absolute_option, absolute_source
 from storaged.errors import ErrorCode, StoragedError
 from storaged.model.layout import Layout
@@ -16,6 +17,8 @@ from storaged.model.sizes import parse_size
 
 _T = TypeVar("_T")
 
+#: Bytes, as the daemon takes them.
+_LONGEST_SECRET = 64 * 1024
 #: Seconds in which the daemon answers what it has in its head.
 _QUICK = 30.0
 #: Seconds that the daemon may answer late: it keeps --timeout itself, and then cleans up.
@@ -67,6 +70,14 @@ def _request(args: argparse.Namespace, method: str, parameters: dict[str, Any]) 
 
 
 def _attach(args: argparse.Namespace) -> int:
+    said = {key: getattr(args, key.replace("-", "_")) for key in OPTIONS_WITH_A_SWITCH}
+    options = {**args.options, **{key: value for key, value in said.items() if value is not None}}
+    for key in said.keys() & args.options.keys():
+        if said[key] not in (None, args.options[key]):
+            raise StoragedError(
+                ErrorCode.INVALID_ARGUMENT, f"--{key} {said[key]} and -o {key}={args.options[key]} contradict",
+                volume=args.name, hint="leave one of them out",
+            )
     wishes = {
         "name": args.name,
         "source": absolute_source(args.source),
@@ -75,11 +86,39 @@ def _attach(args: argparse.Namespace) -> int:
         "read_only": args.read_only or None,
         "snapshot": args.snapshot or None,
         "snapshot_dir": absolute(args.snapshot_dir) if args.snapshot_dir else None,
-        "options": {key: absolute_option(key, value) for key, value in args.options.items()} or None,
+        "options": {key: absolute_option(key, value) for key, value in options.items()} or None,
         "persist": args.persist or None,
         "timeout": args.timeout,
+        "secrets": _given_secrets(args.name, options) or None,
     }
     return _write_device(args, _field(_request(args, "Attach", _said(wishes)), "volume", dict))
+
+
+def _given_secrets(name: str, options: dict[str, str]) -> dict[str, str]:
+    """Return the secret that an option says is on standard input, in base64; from a terminal it is asked for."""
+    wanted = [key for key, value in options.items() if value == "-"]
+    if not wanted:
+        return {}
+    if len(wanted) > 1:
+        raise StoragedError(
+            ErrorCode.INVALID_ARGUMENT, f"standard input holds one secret, and {len(wanted)} options want it",
+            volume=name, cause=", ".join(sorted(wanted)), hint="name files for the others, or credential:NAME",
+        )
+    import base64
+    import sys
+
+    if sys.stdin.isatty():
+        import getpass
+
+        data = getpass.getpass(f"{wanted[0]}: ").encode()
+    else:
+        data = sys.stdin.buffer.read(_LONGEST_SECRET + 1)
+    if len(data) > _LONGEST_SECRET:
+        raise StoragedError(
+            ErrorCode.INVALID_ARGUMENT, f"what standard input holds for {wanted[0]} is no secret", volume=name,
+            cause=f"it has more than {_LONGEST_SECRET} bytes", hint="was the right file redirected?",
+        )
+    return {wanted[0]: base64.b64encode(data).decode()}
 
 
 def _write_device(args: argparse.Namespace, volume: dict[str, Any]) -> int:

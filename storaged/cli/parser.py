@@ -11,6 +11,15 @@ from storaged.model.formats import Format
 SHELLS = ("bash", "zsh", "fish")
 TRANSPORTS = ("auto", "vduse", "nbd", "fuse", "vhost-user")
 
+#: Options of every volume that are asked for so often that they have a switch of their own.
+OPTIONS_WITH_A_SWITCH = {
+    "cache": ("MODE", "QEMU's cache mode (default: writeback)"),
+    "discard": ("MODE", "unmap, or ignore (default: unmap)"),
+    "detect-zeroes": ("MODE", "off, on or unmap (default: off)"),
+    "encrypt": ("luks", "a qcow2 image is encrypted"),
+    "logical-block-size": ("BYTES", "512 or 4096 (default: 512)"),
+}
+
 _EXIT_CODES = """\
 exit status:
   0 it worked; 1 it failed (code, cause and hint on stderr); 2 wrong usage;
@@ -96,7 +105,8 @@ def _attach(commands: _Commands[argparse.ArgumentParser]) -> None:
     command.add_argument(
         "source",
         metavar="SOURCE",
-        help="a path, file:PATH or host_device:PATH (a path with a colon: write ./we:ird.img)",
+        help="a path, file:PATH, host_device:PATH, or a network disk as nbd://HOST/EXPORT, iscsi://HOST/IQN/LUN,"
+        " rbd:POOL/IMAGE, ssh://HOST/PATH, … (a path with a colon: write ./we:ird.img)",
     )
     command.add_argument(
         "--format",
@@ -120,6 +130,8 @@ def _attach(commands: _Commands[argparse.ArgumentParser]) -> None:
         default={},
         help="an option of the format or source, as backing=allow:DIR[:DIR…]; may be repeated",
     )
+    for option, (metavar, what) in OPTIONS_WITH_A_SWITCH.items():
+        command.add_argument(f"--{option}", metavar=metavar, help=f"{what}: the same as -o {option}={metavar}")
     command.add_argument("--persist", action="store_true", help="attach again after a reboot")
     _timeout(command)
     _json(command, "print the volume as an object, and a failure as one on stderr")

@@ -11,6 +11,8 @@ _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:")
 #: Schemes whose rest is a path of this host.
 _PATH_SCHEMES = ("file:", "host_device:")
 _ALLOW = "allow:"
+#: Options that are a path, beside those whose name ends in -file.
+_PATH_OPTIONS = frozenset({"agent", "ceph-conf", "conf", "config-path", "ssh-key", "tls-certificates"})
 
 
 def absolute(path: str, *, cwd: str | None = None) -> str:
@@ -39,8 +41,8 @@ def absolute_source(source: str, *, cwd: str | None = None) -> str:
 
 def absolute_option(key: str, value: str, *, cwd: str | None = None) -> str:
     """Return an option's value with the paths in it made absolute."""
-    if key == "key-file" and value:
-        return absolute(value, cwd=cwd)
+    if (key.endswith("-file") or key in _PATH_OPTIONS) and value not in ("", "-"):
+        return value if value.startswith("credential:") else absolute(value, cwd=cwd)
     if key != "backing" or not value.startswith(_ALLOW):
         return value
     paths = [absolute(path, cwd=cwd) if path else "" for path in value.removeprefix(_ALLOW).split(":")]

@@ -1,4 +1,4 @@
-"""The NBD protocol by libnbd: the handshake on a socket that the kernel gets later, and a flush of our own.
+"""The NBD protocol by libnbd: the handshake on a socket that the kernel gets later, a flush and reads of our own.
 
 The only importer of nbd.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from storaged.errors import ErrorCode, StoragedError
@@ -87,6 +88,46 @@ def flush(sock: socket.socket, export: str, timeout: float) -> None:
             ErrorCode.FLUSH_FAILED, "qemu-storage-daemon cannot flush what it holds in its memory", cause=str(error),
             hint="make room or repair the storage below",
         ) from error
+
+
+@contextmanager
+def reading(sock: socket.socket, export: str, timeout: float) -> Iterator[tuple[int, Callable[[int, int], bytes]]]:
+    """Yield the size of an export (bytes), and read(offset, length), which returns fewer bytes only at its end.
+
+    All of it blocks, for at most ``timeout`` seconds in total. Raises OPEN_FAILED, QSD_SILENT.
+    """
+    import nbd
+
+    deadline = time.monotonic() + timeout
+    handle = nbd.NBD()
+    handle.set_export_name(export)
+
+    def read(offset: int, length: int) -> bytes:
+        length = max(0, min(length, handle.get_size() - offset))
+        if not length:
+            return b""
+        buffer = nbd.Buffer(length)
+        try:
+            cookie = handle.aio_pread(buffer, offset)
+            _wait(
+                handle, lambda: bool(handle.aio_command_completed(cookie)), deadline - time.monotonic(), "read"
+            )
+        except nbd.Error as error:
+            raise failure(error) from error
+        return bytes(buffer.to_bytearray())
+
+    def failure(error: Exception) -> StoragedError:
+        return StoragedError(
+            ErrorCode.OPEN_FAILED, "the begin of the image cannot be read", cause=str(error),
+            hint="look at the server, and at its log",
+        )
+
+    try:
+        handle.aio_connect_socket(os.dup(sock.fileno()))
+        _wait(handle, handle.aio_is_ready, timeout, "ended the NBD handshake")
+    except nbd.Error as error:
+        raise failure(error) from error
+    yield handle.get_size(), read
 
 
 def _wait(handle: Any, is_done: Callable[[], bool], timeout: float, what: str) -> None:

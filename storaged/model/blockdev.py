@@ -14,6 +14,8 @@ DISK = "disk"
 #: The source below the overlay of a snapshot, and the overlay's file.
 BASE = "base"
 OVERLAY_FILE = "overlay-file"
+#: The bytes behind a server, where an image format stands on them.
+SOURCE = "source"
 EXPORT = "export"
 #: The id of the secret that opens an encrypted image.
 PASSPHRASE = "passphrase"
@@ -24,14 +26,18 @@ class Image:
     """One image of a chain: how its data is reached, and what its header says must be opened with it."""
 
     format: Format
-    protocol: Node
+    protocol: Node | str
+    """A node's options, or the name of a node that is there."""
     data_file: Node | None = None
+    encrypted: bool = False
+    """Within the format: qcow2's luks. (A luks image is a format of its own.)"""
 
 
 def image_tree(
-    chain: Sequence[Image], *, read_only: bool, node_name: str, cache: Mapping[str, bool], depth: int = 0
+    chain: Sequence[Image], *, read_only: bool, node_name: str, cache: Mapping[str, bool], depth: int = 0,
+    behaviour: Mapping[str, str] | None = None,
 ) -> Node:
-    """Return one blockdev-add argument for an image and its backing chain.
+    """Return one blockdev-add argument for an image and its backing chain; ``behaviour`` is of its top alone.
 
     Every child is named explicitly, down to ``"backing": null`` at the end, so that QEMU follows nothing that
     an image's header says. Only the first image is ever opened for writing.
@@ -46,8 +52,11 @@ def image_tree(
         "cache": dict(cache),
         "file": image.protocol,
     }
+    node |= behaviour or {}
     if image.format is Format.LUKS:
         node["key-secret"] = PASSPHRASE
+    if image.encrypted:
+        node["encrypt"] = {"format": "luks", "key-secret": PASSPHRASE}
     if image.data_file is not None:
         node["data-file"] = image.data_file
     if image.format in COPY_ON_WRITE:
@@ -64,7 +73,7 @@ def overlay_file_node(protocol: Node, limit: int) -> Node:
     }
 
 
-def overlay_tree(cache: Mapping[str, bool]) -> Node:
+def overlay_tree(cache: Mapping[str, bool], behaviour: Mapping[str, str]) -> Node:
     """The disk of a snapshot: a qcow2 overlay whose header names no backing file; it is given here."""
     return {
         "driver": "qcow2",
@@ -73,6 +82,7 @@ def overlay_tree(cache: Mapping[str, bool]) -> Node:
         "cache": dict(cache),
         "file": OVERLAY_FILE,
         "backing": BASE,
+        **behaviour,
     }
 
 

@@ -11,6 +11,12 @@ class QsdConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """[qsd]: which program serves the volumes."""
 
     binary: str = "qemu-storage-daemon"
+    binaries: dict[str, str] = {}
+    """Backend → program, where it is another one."""
+
+    def binary_for(self, backend: str) -> str:
+        """The program that serves a backend's volumes."""
+        return self.binaries.get(backend, self.binary)
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

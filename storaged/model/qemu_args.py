@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from storaged.model.blockdev import PASSPHRASE, Node
+from storaged.model.blockdev import Node
 from storaged.model.record import Record
 from storaged.model.spec import VolumeSpec
 
@@ -35,20 +35,23 @@ class QemuArguments:
     notes: list[str]
 
 
-def qemu_arguments(node: Node, spec: VolumeSpec, record: Record | None) -> QemuArguments:
+def qemu_arguments(
+    node: Node, spec: VolumeSpec, record: Record | None, objects: Sequence[Node] = ()
+) -> QemuArguments:
     """Return the arguments for the source of a volume.
 
-    ``node`` is the tree that QSD opens (storaged.model.blockdev.image_tree); ``record`` what is attached, if anything.
+    ``node`` is the tree that QSD opens (storaged.model.blockdev.image_tree); ``record`` what is attached, if anything;
+    ``objects`` what has to be there before it, as for object-add, a secret by the file that holds it.
     """
     name = _identifier(spec.name)
-    secret = _secret(name, spec)
+    secret = _objects(name, objects)
     device = f"virtio-blk-pci,{_device(spec)}"
     blockdev = [*secret, "-blockdev", json.dumps(_renamed(node, name)), "-device", f"{device},drive={name}"]
     options = ["if=none", f"id={name}", *(["snapshot=on"] if spec.snapshot else [])]
     tree = {key: value for key, value in node.items() if not (spec.snapshot and key == "read-only")}
     options += [f"{key}={_escaped(value)}" for key, value in _dotted(_unnamed(tree, name))]
     drive = [*secret, "-drive", ",".join(options), "-device", f"{device},drive={name}"]
-    return QemuArguments(blockdev, drive, _vhost_user(name, spec, record), _notes(spec, record))
+    return QemuArguments(blockdev, drive, _vhost_user(name, spec, record), _notes(spec, record, objects))
 
 
 def _vhost_user(name: str, spec: VolumeSpec, record: Record | None) -> list[str] | None:
@@ -62,7 +65,7 @@ def _vhost_user(name: str, spec: VolumeSpec, record: Record | None) -> list[str]
     ]
 
 
-def _notes(spec: VolumeSpec, record: Record | None) -> list[str]:
+def _notes(spec: VolumeSpec, record: Record | None, objects: Sequence[Node]) -> list[str]:
     notes = []
     if spec.snapshot:
         notes.append(
@@ -76,8 +79,11 @@ def _notes(spec: VolumeSpec, record: Record | None) -> list[str]:
         )
     elif record is not None:
         notes.append("the source is only read: -blockdev and -drive can use it while the volume is attached")
-    if spec.options.get("key-file"):
-        notes.append("QEMU reads the passphrase from the key file, which its user must be able to read")
+    if objects:
+        notes.append(
+            "QEMU reads passwords and keys from their files, which its user must be able to read; a newline at the end "
+            "of one counts there"
+        )
     if record is not None and record.socket is not None:
         notes.append(f"vhost-user: the size of memory-backend-memfd must be that of -m ({_MEMORY} is an example)")
         notes.append(
@@ -99,9 +105,13 @@ def _device(spec: VolumeSpec) -> str:
     return ",".join(options)
 
 
-def _secret(name: str, spec: VolumeSpec) -> list[str]:
-    key_file = spec.options.get("key-file")
-    return ["-object", f"secret,id={name}-key,file={_escaped(key_file)}"] if key_file else []
+def _objects(name: str, objects: Sequence[Node]) -> list[str]:
+    words = []
+    for node in objects:
+        kind, renamed = node["qom-type"], {**node, "id": f"{name}-{node['id']}"}
+        options = [f"{key}={_escaped(value)}" for key, value in _dotted(renamed) if key != "qom-type"]
+        words += ["-object", ",".join([kind, *options])]
+    return words
 
 
 def _identifier(name: str) -> str:
@@ -119,8 +129,8 @@ def _renamed(node: Node, name: str) -> Node:
         if key == "node-name":
             _, dash, depth = value.partition("-")
             changed[key] = f"{name}{dash}{depth}"
-        elif key == "key-secret" and value == PASSPHRASE:
-            changed[key] = f"{name}-key"
+        elif key.endswith("-secret") or key == "tls-creds":
+            changed[key] = f"{name}-{value}"
         else:
             changed[key] = _renamed(value, name) if isinstance(value, dict) else value
     return changed

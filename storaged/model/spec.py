@@ -7,6 +7,8 @@ from typing import Literal
 
 import msgspec
 
+from storaged.backends import find_backend
+from storaged.backends.base import NetworkBackend
 from storaged.errors import ErrorCode, StoragedError
 from storaged.model.formats import Format
 from storaged.model.health import Policy, parse_policy
@@ -59,9 +61,12 @@ class VolumeSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         qcow2 does so with the table that says where a cluster is (block/qcow2-cache.c in QEMU); of the other formats
         it is not known that they do not. When QSD dies these writes are gone, and a later flush would not tell.
         """
-        if self.read_only or self.options.get("cache") in ("writethrough", "directsync"):
+        cache = self.options.get("cache", DEFAULTS["cache"])
+        if self.read_only or cache in ("writethrough", "directsync"):
             return False
-        return self.snapshot or self.format not in (Format.RAW, Format.LUKS)
+        if self.snapshot or self.format not in (Format.RAW, Format.LUKS):
+            return True
+        return cache != "none" and caches_writes(self.source)
 
     @property
     def allowed_backing(self) -> list[str]:
@@ -102,6 +107,15 @@ class Desired(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """In which boot it was rescued (random(4), boot_id): after another there is nothing that could fail."""
 
 
+def caches_writes(source: str) -> bool:
+    """Whether QEMU's driver for a source keeps acknowledged writes in memory, if the cache mode lets it."""
+    try:
+        backend = find_backend(source)
+    except StoragedError:
+        return False  # what is left of a volume of which nothing is known
+    return isinstance(backend, NetworkBackend) and backend.caches_writes
+
+
 def check_spec(spec: VolumeSpec, further_options: Set[str]) -> None:
     """Raise INVALID_NAME or INVALID_ARGUMENT where the wishes make no sense together."""
 
@@ -138,10 +152,16 @@ def check_spec(spec: VolumeSpec, further_options: Set[str]) -> None:
     key_file = options.get("key-file")
     if spec.format is Format.LUKS and key_file is None:
         refuse("a luks image needs its passphrase", "say -o key-file=PATH")
-    if key_file is not None and spec.format is not Format.LUKS:
-        refuse(f"a {spec.format} image takes no key-file", "leave it out, or say --format luks")
-    if key_file is not None and not key_file.startswith("/"):
-        refuse(f"option key-file: {key_file!r} is not an absolute path", "write the whole path")
+    encrypt = options.get("encrypt")
+    if encrypt is not None and (encrypt, spec.format) != ("luks", Format.QCOW2):
+        refuse(
+            f"option encrypt={encrypt!r} with the format {spec.format}",
+            "say encrypt=luks and --format qcow2; an encrypted raw image is --format luks",
+        )
+    if encrypt is not None and key_file is None:
+        refuse("an encrypted image needs its passphrase", "say -o key-file=PATH")
+    if key_file is not None and spec.format is not Format.LUKS and encrypt is None:
+        refuse(f"a {spec.format} image takes no key-file", "leave it out, or say --format luks, or --encrypt luks")
     if spec.snapshot and spec.read_only:
         refuse("--snapshot and --read-only exclude each other", "a snapshot is writable, its source never is")
     if not spec.snapshot and (spec.snapshot_dir is not None or "snapshot-size" in options):

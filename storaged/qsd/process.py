@@ -6,7 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import protection
@@ -39,17 +39,22 @@ def find_binary(binary: str) -> str:
     return path
 
 
-def spawn(binary: str, directory: str, listener: socket.socket, keep: Sequence[int]) -> tuple[int, int]:
+def spawn(
+    binary: str, directory: str, listener: socket.socket, keep: Sequence[int],
+    further: Mapping[str, str] | None = None,
+) -> tuple[int, int]:
     """Start QSD with nothing but its QMP monitor on ``listener`` and return its pid and a pidfd.
 
     The first client must be in the backlog of ``listener`` already: QSD waits for it, so that nobody has to wait
     for a file to appear. The descriptors ``keep`` (source locks, claims) are inherited and live as long as the
-    process. It gets a session of its own, so that no signal to the daemon's terminal or group reaches it. The OOM
-    killer leaves it alone, and it inherits from the daemon that it is an I/O flusher (host/protection.py).
+    process; ``further`` is added to its environment. It gets a session of its own, so that no signal to the daemon's
+    terminal or group reaches it. The OOM killer leaves it alone, and it inherits from the daemon that it is an I/O
+    flusher (host/protection.py).
     Blocks for an exec. Raises QSD_MISSING.
     """
     environment = {key: os.environ[key] for key in _ENVIRONMENT if key in os.environ}
     environment["TMPDIR"] = os.path.join(directory, "tmp")
+    environment |= further or {}
     with open(os.path.join(directory, "qsd.log"), "ab") as log:
         try:
             child = subprocess.Popen(

@@ -115,7 +115,8 @@ class Attachment(Holding):
         Raises what ``opening.inspect`` raises, and HOST_STUCK where the source does not answer.
         """
         wanted = await self.source_calls("look at the source", timeout, opening.inspect, self.spec)
-        return qemu_arguments(wanted.node, self.spec, self.record)
+        node, objects = opening.outside(wanted, self.spec, self.directory)
+        return qemu_arguments(node, self.spec, self.record, objects)
 
     def _linked(self, seen: Seen) -> bool:
         directory = self.environment.layout.dev_dir

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 
 import msgspec
 
+from storaged.backends import find_backend
+from storaged.backends.base import Requirements
 from storaged.errors import ErrorCode, StoragedError
-from storaged.host import locks, process
+from storaged.host import locks, process, secrets, sshagent
+from storaged.host.atomic import write_atomic
 from storaged.host.reserve import write_reserved
 from storaged.host.unixsock import bind_unix, connect_unix
 from storaged.model.record import Record
@@ -63,7 +66,8 @@ def launch(
     and what ``opening.inspect`` raises.
     """
     deadline = time.monotonic() + timeout
-    binary = find_binary((former.binary if former else "") or environment.config.qsd.binary)
+    configured = environment.config.qsd.binary_for(find_backend(spec.source).name)
+    binary = find_binary((former.binary if former else "") or configured)
     wanted = opening.inspect(spec)
     if given_up.is_set():
         # The source let this thread hang for so long that the volume may be gone by now.
@@ -121,14 +125,31 @@ def _run(
 ) -> Started:
     directory = site.directory
     os.makedirs(os.path.join(directory, "tmp"), mode=0o700, exist_ok=True)
+    further = _provide(wanted.requirements, record.spec, directory) if wanted is not None else {}
     write_record(directory, record)
     environment.fault("start: recorded")
     with bind_unix(qmp_socket(directory), mode=0o600) as listener:
         # In the backlog before QSD is there: it is served as soon as its main loop runs.
         monitor = connect_unix(qmp_socket(directory))
-        pid, pidfd = spawn(record.binary, directory, listener, held)
+        pid, pidfd = spawn(record.binary, directory, listener, held, further)
     environment.fault("start: spawned")
     return Started(wanted, record, monitor, pid, pidfd)
+
+
+def _provide(needed: Requirements, spec: VolumeSpec, directory: str) -> dict[str, str]:
+    """Put what QSD will read into its directory, start its ssh-agent; return what its environment must have.
+
+    Raises OPEN_FAILED.
+    """
+    for name, text in needed.files.items():
+        write_atomic(os.path.join(directory, name), text.encode())
+    for name, option in needed.secret_files.items():
+        write_atomic(os.path.join(directory, name), secrets.read(option, spec.options[option], directory))
+    environment = dict(needed.environment)
+    if needed.agent_key:
+        key = secrets.read(needed.agent_key, spec.options[needed.agent_key], directory)
+        environment["SSH_AUTH_SOCK"] = sshagent.ensure(directory, key)
+    return environment
 
 
 def take_names(site: Site, names: tuple[str, ...], directory: str) -> list[int]:

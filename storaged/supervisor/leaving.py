@@ -10,11 +10,13 @@ import shutil
 import msgspec
 
 from storaged.errors import ErrorCode, StoragedError
+from storaged.host import sshagent
 from storaged.host.nbdhandshake import flush
 from storaged.host.unixsock import connect_unix
 from storaged.model import blockdev
 from storaged.model.record import Record
 from storaged.qsd.session import Session
+from storaged.qsd.sideexport import side_export
 from storaged.qsd.version import aborts_with_iothread, parse_version
 from storaged.supervisor import overlay
 from storaged.supervisor.holding import Holding
@@ -22,7 +24,6 @@ from storaged.transports.nbd import NBD_SOCKET
 
 #: A way to the disk beside its export, for a flush.
 _FLUSH_EXPORT = "flush"
-_FLUSH_SOCKET = "flush.sock"
 #: Seconds for a QSD whose device shall fail from now on to close the source in good order; then it is killed.
 _LAST_CLOSE = 5.0
 
@@ -114,11 +115,9 @@ async def hand_over(held: Holding, timeout: float, **changes: object) -> None:
 
 async def _flush(held: Holding, session: Session, timeout: float) -> None:
     """Flush the disk by an export of its own: QMP has no command for it, and closing a node reports no failure."""
-    address = {"type": "unix", "data": {"path": _FLUSH_SOCKET}}
-    own_server = not held.transport.reconnects
-    path = os.path.join(held.directory, _FLUSH_SOCKET if own_server else NBD_SOCKET)
+    server = NBD_SOCKET if held.transport.reconnects else None
 
-    def work() -> None:
+    def work(path: str) -> None:
         try:
             with connect_unix(path) as sock:
                 flush(sock, _FLUSH_EXPORT, timeout)
@@ -128,24 +127,10 @@ async def _flush(held: Holding, session: Session, timeout: float) -> None:
                 cause=str(error), hint="apt install python3-libnbd",
             ) from error
 
-    if await session.has_export(_FLUSH_EXPORT):
-        # A try that was cut short has left it.
-        await session.delete_export(_FLUSH_EXPORT, timeout=timeout)
-    if own_server:
-        with contextlib.suppress(StoragedError):
-            await session.execute("nbd-server-stop")
-        await session.execute("nbd-server-start", {"addr": address})
-    try:
-        await session.add_export(
-            {"type": "nbd", "id": _FLUSH_EXPORT, "node-name": blockdev.DISK, "name": _FLUSH_EXPORT}, timeout=timeout
-        )
-        try:
-            await held.blocking("flush", timeout, work)
-        finally:
-            await session.delete_export(_FLUSH_EXPORT, timeout=timeout)
-    finally:
-        if own_server:
-            await session.execute("nbd-server-stop")
+    async with side_export(
+        session, blockdev.DISK, _FLUSH_EXPORT, directory=held.directory, server=server, timeout=timeout
+    ) as path:
+        await held.blocking("flush", timeout, work, path)
 
 
 def _quits_badly(record: Record | None) -> bool:
@@ -154,7 +139,8 @@ def _quits_badly(record: Record | None) -> bool:
 
 
 def remove(held: Holding) -> None:
-    """Remove the overlay and the volume's directory. Blocks."""
+    """Remove the overlay, what was started for QSD, and the volume's directory. Blocks."""
+    sshagent.end(held.directory)
     overlay.remove(held.environment.layout.snapshots_dir, held.spec.name)
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(held.directory)

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 
 import msgspec
 
@@ -19,10 +20,11 @@ from storaged.model.names import check_name
 from storaged.model.plan import RESCUES, Goal
 from storaged.model.qemu_args import QemuArguments
 from storaged.model.record import Record
-from storaged.model.spec import Desired, VolumeSpec, check_spec, without_defaults
+from storaged.model.spec import Desired, VolumeSpec, caches_writes, check_spec, without_defaults
 from storaged.store.base import Damaged
 from storaged.supervisor import overlay
 from storaged.supervisor.environment import Environment
+from storaged.supervisor.secrets import NO_SECRETS, check_secrets, secrets_apart
 from storaged.supervisor.volume import Volume
 from storaged.transports import check_transport, options_of
 
@@ -65,12 +67,17 @@ class Manager:
             )
         return volume
 
-    async def attach(self, spec: VolumeSpec, timeout: float | None) -> Volume:
+    async def attach(
+        self, spec: VolumeSpec, timeout: float | None, secrets: Mapping[str, bytes] = NO_SECRETS
+    ) -> Volume:
         """Attach a volume, or wait for the one that was attached with the same wishes.
 
+        ``secrets`` are those that the client handed over, by the option that says ``-`` for them.
         Raises VOLUME_EXISTS, with nothing changed, where the wishes differ.
         """
+        spec, secrets = secrets_apart(spec, secrets)
         spec = self._checked(spec)
+        check_secrets(spec, secrets)
         patience = timeout or self.environment.config.attach_timeout
         while True:
             volume = self._volumes.get(spec.name)
@@ -78,7 +85,7 @@ class Manager:
                 volume = Volume(Desired(spec=spec), self.environment, fresh=True)
                 self._begin(volume, adopt=False)
             try:
-                await volume.attach(spec, patience)
+                await volume.attach(spec, patience, secrets)
             except StoragedError as error:
                 if error.code is not ErrorCode.NO_SUCH_VOLUME:
                     raise
@@ -144,6 +151,9 @@ class Manager:
         except StoragedError as error:
             error.at(volume=spec.name)
             raise
+        if caches_writes(spec.source) and "cache" not in spec.options:
+            # A device that goes on when QSD dies is worth more than a cache in it.
+            spec = msgspec.structs.replace(spec, options={**spec.options, "cache": "none"})
         return without_defaults(spec, backend.defaults)
 
     def _begin(self, volume: Volume, *, adopt: bool) -> None:

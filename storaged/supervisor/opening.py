@@ -9,26 +9,23 @@ from __future__ import annotations
 import base64
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 
 from storaged.backends import BACKENDS, cache, find_backend
-from storaged.backends.base import NetworkBackend
+from storaged.backends.base import NO_REQUIREMENTS, NetworkBackend, Requirements, Secret
 from storaged.errors import ErrorCode, StoragedError
-from storaged.host import disk, locks, loop, process
+from storaged.host import disk, locks, loop, process, secrets
 from storaged.host.blocking import BlockingCalls
 from storaged.host.chain import ImageFile, inspect_chain
 from storaged.host.identity import block_identity, file_identity, identities, own_identity
-from storaged.model.blockdev import BASE, DISK, PASSPHRASE, Image, image_tree
+from storaged.model.blockdev import BASE, DISK, PASSPHRASE, SOURCE, Image, image_tree
 from storaged.model.formats import Format
 from storaged.model.record import Record
 from storaged.model.spec import VolumeSpec, check_spec
 from storaged.transports import options_of
-
-#: A passphrase is not a disk image (bytes).
-_MAX_KEY = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -42,17 +39,34 @@ class Opening:
     """The identities of the images themselves: QSD must have opened these, and no others in their place. None on
     the network: there is nothing to compare."""
     fingerprint: list[list[int]]
-    """Inode, size and time of the last change of each image: what an overlay belongs to."""
+    """Inode, size and time of the last change of each image: what an overlay belongs to. Empty behind a server."""
     claims: tuple[str, ...]
     """Block devices that must be claimed against mounts while QSD can write to them."""
     unclaimed: tuple[str, ...]
     """Block devices that are only read, and that nobody else may have claimed."""
-    key_file: str | None
+    requirements: Requirements = NO_REQUIREMENTS
+    """What QSD must be given before the node; the passphrase of the image is among its secrets."""
+    source: dict[str, Any] | None = None
+    """A node that must be there before ``node``, which stands on it: the bytes behind a server, of which nobody has
+    looked at the header of the image."""
+    remote: bool = False
+    """Behind a server: its size is all that tells whether it changed, and is known once it is open."""
+
+    @property
+    def secrets(self) -> tuple[Secret, ...]:
+        """All that QSD must be given."""
+        return self.requirements.secrets
 
 
 def cache_flags(spec: VolumeSpec) -> Mapping[str, bool]:
     """BlockdevCacheOptions for the volume's cache mode."""
     return cache.cache_flags(spec.options)
+
+
+def behaviour(spec: VolumeSpec) -> Mapping[str, str]:
+    """What the disk does with discards and zeroes (BlockdevOptions), where that is not the default."""
+    wishes = {"discard": "unmap", "detect-zeroes": "off"}
+    return {key: spec.options[key] for key in wishes if spec.options.get(key, wishes[key]) != wishes[key]}
 
 
 def inspect(spec: VolumeSpec) -> Opening:
@@ -88,12 +102,11 @@ def inspect(spec: VolumeSpec) -> Opening:
             protocol=_protocol(image, spec, read_only=not (writable and number == 0)),
             data_file=_protocol(image.data_file, spec, read_only=not (writable and number == 0))
             if image.data_file is not None else None,
+            encrypted=number == 0 and "encrypt" in spec.options,
         )
         for number, image in enumerate(chain)
     ]
-    node = image_tree(
-        images, read_only=not writable, node_name=BASE if spec.snapshot else DISK, cache=cache_flags(spec)
-    )
+    node = _tree(images, spec)
     files = [(file, writable and number == 0) for number, image in enumerate(chain) for file in image.files()]
     sources: dict[str, bool] = {}
     for file, exclusive in files:
@@ -107,33 +120,43 @@ def inspect(spec: VolumeSpec) -> Opening:
         fingerprint=[_fingerprint(file) for file, _ in files] if spec.snapshot else [],
         claims=tuple(file.path for file, exclusive in files if file.block_device and exclusive),
         unclaimed=tuple(file.path for file, exclusive in files if file.block_device and not exclusive),
-        key_file=spec.options.get("key-file") if spec.format is Format.LUKS else None,
+        requirements=Requirements(secrets=_passphrase(spec)),
     )
+
+
+def _tree(images: list[Image], spec: VolumeSpec) -> dict[str, Any]:
+    if spec.snapshot:
+        return image_tree(images, read_only=True, node_name=BASE, cache=cache_flags(spec))
+    return image_tree(
+        images, read_only=not spec.writes_source, node_name=DISK, cache=cache_flags(spec), behaviour=behaviour(spec)
+    )
+
+
+def _passphrase(spec: VolumeSpec) -> tuple[Secret, ...]:
+    return (Secret(PASSPHRASE, "key-file", exact=True),) if "key-file" in spec.options else ()
 
 
 def _behind_a_server(backend: NetworkBackend, location: str, spec: VolumeSpec) -> Opening:
-    """What QSD opens of a source on the network: the bytes as they are."""
+    """What QSD opens of a source on the network: the bytes as they are, or an image in them that stands alone."""
+    if backend.read_only and spec.writes_source:
+        raise StoragedError(
+            ErrorCode.INVALID_ARGUMENT, f"a source behind {backend.name} can only be read",
+            hint="attach it with --read-only, or with --snapshot: what is written is then kept here until the detach",
+        )
+    protocol: dict[str, Any] | str = backend.node(
+        location, read_only=not spec.writes_source, options=spec.options
+    )
+    source = None
     if spec.format is not Format.RAW:
         # Its header may name files of this host, and nobody has looked at it.
-        raise StoragedError(
-            ErrorCode.UNSUPPORTED, f"a {spec.format} image behind {backend.name} is not supported yet",
-            cause="what its header names cannot be checked before QEMU opens it",
-            hint="let the server do the format (qemu-nbd -f FORMAT), or copy the image to a file of this host",
-        )
-    if spec.snapshot:
-        # Only its size could tell that the source is another by now, and that is not compared yet.
-        raise StoragedError(
-            ErrorCode.UNSUPPORTED, f"--snapshot of a source behind {backend.name} is not supported yet",
-            cause="a source that changed below the overlay would not be noticed",
-            hint="attach it with --read-only, or copy it to a file of this host",
-        )
-    image = Image(
-        Format.RAW, backend.node(location, read_only=not spec.writes_source, options=spec.options)
-    )
+        assert isinstance(protocol, dict)
+        source, protocol = {**protocol, "node-name": SOURCE}, SOURCE
+    needed = backend.requirements(location, spec.options)
     return Opening(
-        node=image_tree([image], read_only=not spec.writes_source, node_name=DISK, cache=cache_flags(spec)),
+        node=_tree([Image(spec.format, protocol, encrypted="encrypt" in spec.options)], spec),
         sources={backend.identity(location, os.path.realpath): spec.writes_source},
-        files=frozenset(), fingerprint=[], claims=(), unclaimed=(), key_file=None,
+        files=frozenset(), fingerprint=[], claims=(), unclaimed=(), source=source, remote=True,
+        requirements=replace(needed, secrets=(*needed.secrets, *_passphrase(spec))),
     )
 
 
@@ -169,30 +192,48 @@ def take(opening: Opening, directory: str, owner: str) -> list[int]:
     return held
 
 
-def read_passphrase(path: str) -> dict[str, str]:
-    """Return the arguments of object-add for the secret in a key file, every byte of it as it is."""
+def secret_object(secret: Secret, spec: VolumeSpec, directory: str) -> dict[str, str]:
+    """Return the arguments of object-add for a secret of a volume whose directory that is. Raises OPEN_FAILED."""
+    data = secrets.read(secret.option, spec.options[secret.option], directory)
+    if not secret.exact:
+        data = data.removesuffix(b"\n").removesuffix(b"\r")
+    data = data.strip() if secret.encoded else base64.b64encode(data)
     try:
-        with open(path, "rb") as file:
-            data = file.read(_MAX_KEY + 1)
-    except OSError as error:
+        text = data.decode("ascii")
+    except UnicodeDecodeError:
         raise StoragedError(
-            ErrorCode.OPEN_FAILED, f"cannot read the key file {path}", cause=error.strerror or "",
-            hint="check the path given with -o key-file",
-        ) from error
-    if not 0 < len(data) <= _MAX_KEY:
-        raise StoragedError(
-            ErrorCode.OPEN_FAILED, f"the key file {path} holds no usable passphrase",
-            cause="it is empty" if not data else f"it is larger than {_MAX_KEY} bytes",
-            hint="check the path given with -o key-file",
-        )
-    return {
-        "qom-type": "secret", "id": PASSPHRASE, "format": "base64", "data": base64.b64encode(data).decode(),
-    }
+            ErrorCode.OPEN_FAILED, f"the secret of option {secret.option} is no base64",
+            hint=f"check what -o {secret.option} says",
+        ) from None
+    return {"qom-type": "secret", "id": secret.id, "format": "base64", "data": text}
 
 
 def _protocol(file: ImageFile, spec: VolumeSpec, *, read_only: bool) -> dict[str, Any]:
     backend = BACKENDS["host_device" if file.block_device else "file"]
     return backend.node(file.path, read_only=read_only, options=spec.options)
+
+
+def outside(opening: Opening, spec: VolumeSpec, directory: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the node, and the objects before it, for a QEMU that does not run in the volume's directory."""
+    needed = opening.requirements
+    names = {*needed.files, *needed.secret_files}
+
+    def placed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: placed(member) for key, member in value.items()}
+        return os.path.join(directory, value) if isinstance(value, str) and value in names else value
+
+    node = dict(opening.node)
+    if opening.source is not None:
+        node["file"] = {key: value for key, value in opening.source.items() if key != "node-name"}
+    objects: list[dict[str, Any]] = []
+    for secret in needed.secrets:
+        place = secrets.place_of(secret.option, spec.options[secret.option], directory)
+        encoding = {"format": "base64"} if secret.encoded else {}
+        objects.append({"qom-type": "secret", "id": secret.id, "file": place, **encoding})
+    for other in needed.objects:
+        objects.append({key: directory if (key, value) == ("dir", ".") else value for key, value in other.items()})
+    return placed(node), objects
 
 
 def _refuse_foreign_loop(file: ImageFile, exclusive: bool) -> None:

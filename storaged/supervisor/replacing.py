@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from storaged.backends import find_backend
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host.nbdhandshake import libnbd_problem
 from storaged.model.plan import Step
@@ -47,8 +48,8 @@ async def check_source(attachment: Attachment, timeout: float) -> None:
                 cause="it was replaced or moved, and qemu-storage-daemon may be the last that has it",
                 hint="bring the old one back; or detach the volume and attach it again",
             )
-        if wanted.key_file is not None:
-            opening.read_passphrase(wanted.key_file)
+        for secret in wanted.secrets:
+            opening.secret_object(secret, spec, attachment.directory)
         if record.overlay is not None and not os.path.exists(record.overlay):
             raise StoragedError(
                 ErrorCode.SOURCE_MISSING, f"the changes are not in {record.overlay}",
@@ -64,7 +65,8 @@ async def choose_program(attachment: Attachment, timeout: float) -> str:
 
     Raises QSD_MISSING, TRANSPORT_UNAVAILABLE, UNSUPPORTED, all with nothing changed.
     """
-    configured, record = attachment.environment.config.qsd.binary, attachment.known()
+    record = attachment.known()
+    configured = attachment.environment.config.qsd.binary_for(find_backend(record.spec.source).name)
     present = parse_version(f"version {record.qsd_version}")
 
     def work() -> str:

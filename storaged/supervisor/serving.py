@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import logging
+import os
 import threading
 
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import disk, process
 from storaged.model import blockdev
-from storaged.supervisor import launch, opening
+from storaged.qsd.session import Session
+from storaged.supervisor import launch, opening, remoteheader
 from storaged.supervisor.holding import Holding
 from storaged.supervisor.snapshot import open_snapshot
+
+log = logging.getLogger("storaged.serving")
 
 
 async def start(held: Holding, timeout: float) -> None:
@@ -48,6 +54,27 @@ async def start_rescue(held: Holding, timeout: float) -> None:
     for command, arguments in held.transport.setup(held.site, held.known()):
         await session.execute(command, arguments)
     await session.execute("blockdev-add", blockdev.failing_node(held.known().size))
+    await _fail_flushes(session, held.known().size, timeout)
+
+
+async def _fail_flushes(session: Session, size: int, timeout: float) -> None:
+    """Have something written to the failing disk, in vain: QEMU acknowledges flushes of a disk without writes.
+
+    See bdrv_co_flush in block/io.c. An acknowledged flush would say that what QSD acknowledged before is safe. The
+    write is a backup's: of all that QMP has it is the simplest.
+    """
+    zeroes = "zeroes"
+    await session.execute("blockdev-add", {"driver": "null-co", "node-name": zeroes, "size": size})
+    try:
+        await session.run_job(
+            "blockdev-backup",
+            {"device": zeroes, "target": blockdev.DISK, "sync": "full", "job-id": "write", "auto-dismiss": False},
+            "write", timeout=timeout,
+        )
+    except StoragedError as error:
+        if os.strerror(errno.EIO) not in error.cause:
+            raise
+    await session.execute("blockdev-del", {"node-name": zeroes})
 
 
 async def _greet(held: Holding, started: launch.Started, timeout: float) -> None:
@@ -90,11 +117,15 @@ async def _open(held: Holding, wanted: opening.Opening, timeout: float) -> None:
     session = await held.qsd.session()
     for command, arguments in held.transport.setup(held.site, held.known()):
         await session.execute(command, arguments)
-    if wanted.key_file is not None:
-        secret = await held.source_calls(
-            "read the key file", timeout, opening.read_passphrase, wanted.key_file
-        )
-        await session.execute("object-add", secret)
+    for secret in wanted.secrets:
+        await session.execute("object-add", await held.source_calls(
+            "read a secret", timeout, opening.secret_object, secret, spec, held.directory
+        ))
+    for needed in wanted.requirements.objects:
+        await session.execute("object-add", needed)
+    if wanted.source is not None:
+        await session.execute("blockdev-add", wanted.source, timeout=timeout)
+        await remoteheader.check(held, session, spec.format, timeout)
     await session.execute("blockdev-add", wanted.node, timeout=timeout)
     held.environment.fault("open: added")
     pid = held.known().process
@@ -107,8 +138,11 @@ async def _open(held: Holding, wanted: opening.Opening, timeout: float) -> None:
             hint="find out who replaces it, then attach again",
         )
     if spec.snapshot:
+        fingerprint = wanted.fingerprint
+        if wanted.remote:
+            fingerprint = [[0, (await session.node_names())[blockdev.BASE], 0]]
         await open_snapshot(
-            spec, wanted, str(held.known().overlay), session, held.environment, held.source_calls, timeout
+            spec, fingerprint, str(held.known().overlay), session, held.environment, held.source_calls, timeout
         )
     size = (await session.node_names())[blockdev.DISK]
     if size == 0 or size % spec.logical_block_size:
@@ -130,8 +164,28 @@ async def _open(held: Holding, wanted: opening.Opening, timeout: float) -> None:
             ErrorCode.SOURCE_CHANGED, f"the disk has {size} bytes by now, its device {had}",
             hint="bring the old size back; or detach the volume (--force) and attach it again",
         )
+    if held.known().size and spec.writes_source and not spec.keeps_writes_in_memory:
+        await _owe_a_flush(held, session, size, timeout)
     # Once it is exported it may acknowledge writes.
     await held.note(size=size, settled=False)
+
+
+async def _owe_a_flush(held: Holding, session: Session, size: int, timeout: float) -> None:
+    """Let the next flush reach the storage below, although this QSD has written nothing yet.
+
+    QEMU leaves out a flush of a node that was not written to since its last one (bdrv_co_flush, write_gen in
+    block/io.c), and knows nothing of what its predecessor has acknowledged. A truncation to the present size changes
+    nothing, and counts as a write in each node down to the one that reaches the data.
+    """
+    try:
+        await session.execute("block_resize", {"node-name": blockdev.DISK, "size": size}, timeout=timeout)
+    except StoragedError as error:
+        if error.code in (ErrorCode.QSD_DIED, ErrorCode.QSD_SILENT):
+            raise
+        log.warning(
+            "volume %s: what was acknowledged before may not be flushed by the next flush, but only by one after a "
+            "write: %s", held.spec.name, error.cause or error,
+        )
 
 
 async def export(held: Holding, timeout: float) -> None:

@@ -9,11 +9,11 @@ from storaged.model.spec import VolumeSpec
 from storaged.qsd.session import Session
 from storaged.supervisor import overlay
 from storaged.supervisor.environment import Environment
-from storaged.supervisor.opening import Opening, cache_flags
+from storaged.supervisor.opening import behaviour, cache_flags
 
 
 async def open_snapshot(
-    spec: VolumeSpec, wanted: Opening, path: str, session: Session, environment: Environment,
+    spec: VolumeSpec, fingerprint: list[list[int]], path: str, session: Session, environment: Environment,
     blocking: BlockingCalls, timeout: float,
 ) -> None:
     """Open the overlay at ``path`` over the base, which is open already; make the overlay where there is none."""
@@ -24,7 +24,7 @@ async def open_snapshot(
         protocol = backend.node(place, read_only=False, options=spec.options)
         await session.execute("blockdev-add", blockdev.overlay_file_node(protocol, limit), timeout=timeout)
 
-    mark = await blocking("look at the overlay", timeout, overlay.check, snapshots, spec.name, wanted.fingerprint)
+    mark = await blocking("look at the overlay", timeout, overlay.check, snapshots, spec.name, fingerprint)
     limit = mark.limit if mark is not None else overlay.limit_of(spec)
     if mark is None:
         await add_file(await blocking("create the overlay", timeout, overlay.create_new, path, limit), limit)
@@ -36,7 +36,7 @@ async def open_snapshot(
         await session.execute("blockdev-del", {"node-name": blockdev.OVERLAY_FILE}, timeout=timeout)
         environment.fault("open: overlay created")
         await blocking(
-            "finish the overlay", timeout, overlay.finish, snapshots, spec.name, path, wanted.fingerprint
+            "finish the overlay", timeout, overlay.finish, snapshots, spec.name, path, fingerprint
         )
     await add_file(path, limit)
-    await session.execute("blockdev-add", blockdev.overlay_tree(cache_flags(spec)), timeout=timeout)
+    await session.execute("blockdev-add", blockdev.overlay_tree(cache_flags(spec), behaviour(spec)), timeout=timeout)

@@ -7,10 +7,12 @@ import logging
 import math
 import random
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 
 from storaged.errors import ErrorCode, StoragedError
-from storaged.model.health import Reaction, advice, meaning
+from storaged.host.secrets import keep as keep_secrets
+from storaged.model.health import Reaction, Trouble, advice, meaning
 from storaged.model.history import Happening
 from storaged.model.plan import RESCUES, Device, Goal, Qsd, Step
 from storaged.model.recovery import STABLE_AFTER
@@ -20,6 +22,7 @@ from storaged.supervisor import replacing
 from storaged.supervisor.convergence import Convergence
 from storaged.supervisor.opening import same_wish
 from storaged.supervisor.requests import Request, error_of, nobody
+from storaged.supervisor.secrets import NO_SECRETS
 
 log = logging.getLogger("storaged.volume")
 
@@ -50,12 +53,13 @@ class Volume(Convergence):
 
     # What others ask -----------------------------------------------------------------------------------------
 
-    async def attach(self, spec: VolumeSpec, timeout: float) -> None:
+    async def attach(self, spec: VolumeSpec, timeout: float, secrets: Mapping[str, bytes] = NO_SECRETS) -> None:
         """Bring the volume online; when it never was, a failure takes back all that was done.
 
-        Raises VOLUME_EXISTS, with nothing changed, where ``spec`` wishes for something else.
+        ``secrets``, by option, are kept for QSD and its successors. Raises VOLUME_EXISTS, with nothing changed, where
+        ``spec`` wishes for something else.
         """
-        await self.ask(lambda: self._attach(spec), timeout, wishes=spec)
+        await self.ask(lambda: self._attach(spec, secrets), timeout, wishes=spec)
 
     async def detach(self, *, force: bool, timeout: float) -> list[str]:
         """Take the volume away and return what stays. By force: whatever is under way is given up first."""
@@ -128,9 +132,11 @@ class Volume(Convergence):
                 log.error("what is wished of volume %s cannot be stored: %s", self.name, problem)
         # Nothing of this is to make I/O wait longer.
         self.attachment.protect()
+        self._health.watch()
         await self._journal.save()
 
     async def _leave(self) -> None:
+        self._health.leave()
         await self.attachment.leave()
 
     def _patience(self) -> float:
@@ -258,6 +264,15 @@ class Volume(Convergence):
             # Its last answer, or the lack of one, was of some time ago.
             await self._converge()
             return
+        if condition.trouble is Trouble.BACKEND_LOST:
+            await self.attachment.qsd.kill()
+            # As after a death that nobody asked for: a server that ends each connection is not asked again at once.
+            self.attachment.qsd.last_death = StoragedError(
+                ErrorCode.QSD_DIED, "qemu-storage-daemon was ended",
+                cause="it had lost its server, and makes no new connection",
+            )
+            await self._mend()
+            return
         why = f"{meaning(condition.trouble)} since {time.time() - condition.since:.0f} s, and its policy is"
         why += f" {condition.policy}"
         log.warning("volume %s: %s", self.name, why)
@@ -271,7 +286,7 @@ class Volume(Convergence):
         self._health.begin_anew()
         await self._converge()
 
-    async def _attach(self, spec: VolumeSpec) -> None:
+    async def _attach(self, spec: VolumeSpec, secrets: Mapping[str, bytes]) -> None:
         if spec != self.spec and not await same_wish(
             spec, self.spec, self.attachment.record, self.attachment.blocking
         ):
@@ -292,6 +307,9 @@ class Volume(Convergence):
         if self._refused is not None:
             raise self._refused
         try:
+            if secrets:
+                held = self.attachment
+                await held.blocking("keep the secrets", 10, keep_secrets, held.directory, secrets)
             if self._fresh:
                 await self._store(self.goal)
             await self._converge()

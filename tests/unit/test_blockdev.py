@@ -123,7 +123,7 @@ def test_an_external_data_file_is_named_and_others_have_none() -> None:
 
 
 def test_an_overlay_stands_on_the_base_and_takes_nothing_from_its_header() -> None:
-    node = overlay_tree(CACHE)
+    node = overlay_tree(CACHE, {})
     assert (node["node-name"], node["backing"], node["file"]) == (DISK, BASE, OVERLAY_FILE)
     assert not node.get("read-only")
 

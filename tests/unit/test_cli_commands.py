@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import storaged
 from storaged.__main__ import main
 from storaged.cli import commands
-from storaged.cli.parser import build_parser
+from storaged.cli.parser import OPTIONS_WITH_A_SWITCH, build_parser
 from storaged.errors import ErrorCode, StoragedError
 from storaged.model.formats import Format
 from storaged.model.layout import Layout
@@ -83,7 +83,9 @@ def test_what_attach_sends_is_what_the_interface_takes() -> None:
 
     taken = set(inspect.signature(StoragedInterface.Attach).parameters) - {"self"}
     offered = set(vars(build_parser().parse_args(["attach", "n", "s"])))
-    assert taken == offered - {"command", "root", "json"}
+    switches = {key.replace("-", "_") for key in OPTIONS_WITH_A_SWITCH}
+    # Those are options, and a secret comes from standard input.
+    assert taken - {"secrets"} == offered - switches - {"command", "root", "json"}
 
 
 def test_attach_json_prints_the_volume(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,6 +33,8 @@ NETWORK_OPTIONS = [
     (name, option) for name, backend in BACKENDS.items() if isinstance(backend, NetworkBackend)
     for option in backend.options
 ]
+#: Where a page is not named after the backend.
+PAGES = {"https": "http", "ftps": "ftp"}
 TRANSPORT_OPTIONS = [(name, option) for name, transport in ALL_TRANSPORTS.items() for option in transport.options]
 CONFIG_KEYS = [field.name for struct in (Config, QsdConfig) for field in msgspec.structs.fields(struct)]
 
@@ -68,7 +70,7 @@ def test_every_option_is_in_the_readme(option: str) -> None:
 
 @pytest.mark.parametrize(("backend", "option"), NETWORK_OPTIONS)
 def test_every_option_of_a_source_on_the_network_is_on_its_page_with_its_default(backend: str, option: str) -> None:
-    _, meaning, default = row_of((ROOT / f"docs/backends/{backend}.md").read_text(), option)
+    _, meaning, default = row_of((ROOT / f"docs/backends/{PAGES.get(backend, backend)}.md").read_text(), option)
     assert meaning
     if option in BACKENDS[backend].defaults:
         assert default.startswith(f"`{BACKENDS[backend].defaults[option]}`")
@@ -116,7 +118,8 @@ def test_the_example_is_the_default_configuration() -> None:
 def test_what_the_example_has_as_comments_can_be_used() -> None:
     everything = re.sub(rb"^# (\w+ = )", rb"\1", EXAMPLE, flags=re.MULTILINE)
     config = parse_config(everything, "the example")
-    assert all(getattr(config, key) is not None for key in CONFIG_KEYS if key != "binary")
+    assert all(getattr(config, key) is not None for key in CONFIG_KEYS if key not in ("binary", "binaries"))
+    assert config.qsd.binaries
 
 
 def test_the_states_and_steps_are_those_of_the_code() -> None:

@@ -191,8 +191,8 @@ def test_every_trouble_can_come_out() -> None:
         judged(threads, silent=silent, opening=opening, standstill=standstill, network=network)
         for silent, opening, threads, standstill, network in everything
     }
-    # That there is no QSD is nothing to judge.
-    assert found == {None, *Trouble} - {Trouble.NO_SERVER}
+    # That there is no QSD, or none that has its server, is nothing to judge.
+    assert found == {None, *Trouble} - {Trouble.NO_SERVER, Trouble.BACKEND_LOST}
 
 
 # Policies -----------------------------------------------------------------------------------------------------
@@ -283,7 +283,17 @@ def test_opening_is_always_waited_for(hang: Policy | None, stall: Policy | None,
     assert chosen(Trouble.QSD_OPENING, hang, stall, loses=loses, bridged=bridged) == WAIT
 
 
-@given(st.sampled_from(Trouble), st.none() | POLICIES, st.none() | POLICIES, st.booleans(), st.booleans())
+@given(st.none() | POLICIES, st.none() | POLICIES, st.booleans(), st.booleans())
+def test_a_qsd_that_fails_all_for_good_is_replaced_at_once_whatever_is_wished(
+    hang: Policy | None, stall: Policy | None, loses: bool, bridged: bool
+) -> None:
+    assert chosen(Trouble.BACKEND_LOST, hang, stall, loses=loses, bridged=bridged) == Policy(Reaction.RESTART, 0)
+
+
+@given(
+    st.sampled_from([trouble for trouble in Trouble if trouble is not Trouble.BACKEND_LOST]), st.none() | POLICIES,
+    st.none() | POLICIES, st.booleans(), st.booleans(),
+)
 def test_nothing_fails_and_nothing_is_lost_unless_the_user_wished_it(
     trouble: Trouble, hang: Policy | None, stall: Policy | None, loses: bool, bridged: bool
 ) -> None:
@@ -344,7 +354,8 @@ def test_a_condition_says_when_something_will_be_done() -> None:
 
 def test_the_names_are_stable() -> None:
     assert [str(trouble) for trouble in Trouble] == [
-        "qsd-stopped", "qsd-in-kernel", "qsd-opening", "qsd-silent", "backend-silent", "network-away", "no-server",
+        "qsd-stopped", "qsd-in-kernel", "qsd-opening", "qsd-silent", "backend-silent", "network-away", "backend-lost",
+        "no-server",
     ]
 
 
@@ -353,7 +364,8 @@ def test_each_trouble_is_said_with_what_to_do(trouble: Trouble) -> None:
     assert meaning(trouble)
     said = advice(trouble, "web1", 4711)
     assert "{" not in said
-    assert trouble is Trouble.QSD_OPENING or "storaged rescue web1" in said
+    # Of these two the end comes by itself.
+    assert trouble in (Trouble.QSD_OPENING, Trouble.BACKEND_LOST) or "storaged rescue web1" in said
 
 
 def test_who_stopped_qsd_can_let_it_go_on() -> None:

@@ -39,7 +39,7 @@ def test_a_file_is_locked_as_it_is_used_and_not_claimed(image: Path, wishes: dic
     found = opening.inspect(spec(image, **wishes))
     assert found.sources == {identity(image): exclusive}
     assert found.files == {identity(image)}
-    assert (found.claims, found.unclaimed, found.key_file) == ((), (), None)
+    assert (found.claims, found.unclaimed, found.secrets) == ((), (), ())
 
 
 def test_backing_files_are_only_read_and_are_files_too(tmp_path: Path, image: Path) -> None:
@@ -161,12 +161,11 @@ def test_a_source_behind_a_server_is_locked_by_its_name_and_nothing_is_looked_at
     assert opening.inspect(spec("nbd://a.invalid", read_only=True)).sources == {"nbd://a.invalid:10809/": False}
 
 
-@pytest.mark.parametrize("wishes", [{"format": Format.QCOW2}, {"snapshot": True}])
-def test_what_cannot_be_checked_behind_a_server_is_refused(wishes: dict[str, Any]) -> None:
-    with pytest.raises(StoragedError) as caught:
-        opening.inspect(spec("nbd://a.invalid", **wishes))
-    assert caught.value.code is ErrorCode.UNSUPPORTED
-    assert caught.value.hint
+def test_an_image_behind_a_server_stands_on_its_bytes_and_names_nothing_else() -> None:
+    found = opening.inspect(spec("nbd://a.invalid", format=Format.QCOW2))
+    assert found.source is not None
+    assert (found.node["file"], found.node["backing"]) == (found.source["node-name"], None)
+    assert found.remote
 
 
 def test_spellings_of_a_source_behind_a_server_are_compared_without_asking_it(tmp_path: Path, image: Path) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shlex
 import subprocess
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from storaged.backends import BACKENDS
 from storaged.cli.render import qemu_arguments as rendered
-from storaged.model.blockdev import BASE, DISK, Image, image_tree
+from storaged.model.blockdev import BASE, DISK, PASSPHRASE, Image, image_tree
 from storaged.model.formats import Format
 from storaged.model.names import check_name
 from storaged.model.qemu_args import QemuArguments, qemu_arguments
@@ -21,7 +22,14 @@ from storaged.model.spec import VolumeSpec
 CACHE = {"direct": False, "no-flush": False}
 
 
-def arguments(*paths: str, record: Record | None = None, **wishes: Any) -> QemuArguments:
+def passphrase(path: str) -> list[dict[str, str]]:
+    """The object that a luks image needs."""
+    return [{"qom-type": "secret", "id": PASSPHRASE, "file": path}]
+
+
+def arguments(
+    *paths: str, record: Record | None = None, objects: Sequence[dict[str, str]] = (), **wishes: Any
+) -> QemuArguments:
     """Those of a volume over a chain of images, the lowest at the end."""
     wishes = {"name": "web1", "source": paths[0], "format": Format.QCOW2, **wishes}
     spec = VolumeSpec(**wishes)
@@ -32,7 +40,7 @@ def arguments(*paths: str, record: Record | None = None, **wishes: Any) -> QemuA
     node = image_tree(
         images, read_only=not spec.writes_source, node_name=BASE if spec.snapshot else DISK, cache=CACHE
     )
-    return qemu_arguments(node, spec, record)
+    return qemu_arguments(node, spec, record, objects)
 
 
 def attached(spec: VolumeSpec, **more: Any) -> Record:
@@ -84,12 +92,12 @@ def test_long_names_stay_different() -> None:
 
 
 def test_a_passphrase_stays_in_its_file() -> None:
-    found = arguments("/a", format=Format.LUKS, options={"key-file": "/keys/a,b"})
+    found = arguments("/a", format=Format.LUKS, options={"key-file": "-"}, objects=passphrase("/keys/a,b"))
     for words in (found.blockdev, found.drive):
-        assert words[:2] == ["-object", "secret,id=sd-web1-key,file=/keys/a,,b"]
-    assert json.loads(found.blockdev[3])["key-secret"] == "sd-web1-key"
-    assert options_of(found.drive[3])["key-secret"] == "sd-web1-key"
-    assert any("key file" in note for note in found.notes)
+        assert words[:2] == ["-object", "secret,id=sd-web1-passphrase,file=/keys/a,,b"]
+    assert json.loads(found.blockdev[3])["key-secret"] == "sd-web1-passphrase"
+    assert options_of(found.drive[3])["key-secret"] == "sd-web1-passphrase"
+    assert any("passwords and keys" in note for note in found.notes)
 
 
 def test_a_snapshot_is_one_of_qemu_itself() -> None:
@@ -154,7 +162,7 @@ def test_a_shell_reads_the_same_words_from_what_is_printed(path: str) -> None:
 
 
 def test_each_form_has_a_heading_and_one_pair_a_line() -> None:
-    found = arguments("/a", format=Format.LUKS, options={"key-file": "/k"})
+    found = arguments("/a", format=Format.LUKS, objects=passphrase("/k"))
     text = rendered({"drive": found.drive, "blockdev": found.blockdev, "vhost_user": None, "notes": found.notes})
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     assert [line.split()[0] for line in lines] == ["-object", "-blockdev", "-device", "-object", "-drive", "-device"]

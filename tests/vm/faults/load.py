@@ -183,7 +183,8 @@ class Site:
         assert said["errors"] == {}, said
         assert said["flush_errors"] == 0, said
         assert said["wrong"] == [], said
-        assert self.load.wrong(self.path, "acked") == []
+        wrong = self.load.wrong(self.path, "acked")
+        assert wrong == [], wrong[:20]
         if self.directory is not None:
             assert int((self.directory / "mark").read_text()) >= said["marks"]
             self.unmount()
@@ -191,7 +192,8 @@ class Site:
         assert self.daemon.show(self.name)["device"] == self.device
         self.daemon.detach(self.name, timeout=60)
         if self.case.use == "raw" and isinstance(self.source, Path):
-            assert self.load.wrong(self.source, "acked") == []
+            wrong = self.load.wrong(self.source, "acked")
+            assert wrong == [], wrong[:20]
         self.case.outcome = "no error"
 
     def saw_errors(self, then: str = "") -> dict[str, Any]:
@@ -209,11 +211,13 @@ class Site:
     def keeps_what_was_flushed(self, disk: str) -> None:
         """Look at a device or image that nobody writes to: what was flushed through the old device is there."""
         if self.case.use == "raw":
-            assert self.load.wrong(disk, "flushed") == []
+            wrong = self.load.wrong(disk, "flushed")
+            assert wrong == [], wrong[:20]
             return
         self.mount(disk, *([] if disk.startswith("/dev/") else ["-o", "loop"]))
         assert self.directory is not None
-        assert self.load.wrong(self.path, "flushed") == []
+        wrong = self.load.wrong(self.path, "flushed")
+        assert wrong == [], wrong[:20]
         assert int((self.directory / "mark").read_text()) >= self.load.last["marks"]
         self.unmount()
         run("fsck.ext4", "-fn", disk)

@@ -78,7 +78,8 @@ def works_again(site: Site) -> None:
     # (ext4 has stopped itself: it is mounted anew.)
     site.saw_errors("then the same device works")
     if case.use == "raw":
-        assert site.load.wrong(site.device, "acked") == []
+        wrong = site.load.wrong(site.device, "acked")
+        assert wrong == [], wrong[:20]
     else:
         site.keeps_what_was_flushed(site.device)
     daemon.detach("a", timeout=60)

@@ -116,7 +116,8 @@ def _goes_on_after(server: Server, daemon: Daemon, place: Path, case: Case, away
         site.goes_on(timeout=90)
         site.saw_no_error()
         if case.use == "raw":
-            assert site.load.wrong(server.disk, "acked") == []
+            wrong = site.load.wrong(server.disk, "acked")
+            assert wrong == [], wrong[:20]
 
 
 @fault("the server of an NBD source is killed, and back", expected="no error", in_ci=("vduse-raw-32",))
