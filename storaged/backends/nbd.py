@@ -1,18 +1,19 @@
-"""QEMU's ``nbd`` driver: an export of an NBD server, by TCP or a unix socket. block/nbd.c in QEMU.
+"""QEMU's ``nbd`` driver: an export of an NBD server, by TCP or a unix socket, with TLS or without. block/nbd.c in QEMU.
 
 URIs are those of the NBD project (doc/uri.md); ``nbd:HOST:PORT`` and ``nbd:unix:PATH`` are QEMU's own, older ones.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from storaged.backends.base import NetworkDefaults, Node
+from storaged.backends import tls
+from storaged.backends.base import NO_REQUIREMENTS, NetworkDefaults, Node, Requirements
 from storaged.backends.cache import cache_flags
 from storaged.backends.uri import authority_of, bare_host, escaped, refuse, unescaped
 from storaged.backends.values import check_numbers
-from storaged.errors import ErrorCode, StoragedError
 
 DEFAULT_PORT = 10809
 #: The protocol's limit for a string (NBD_MAX_STRING_SIZE in QEMU), in bytes.
@@ -26,7 +27,7 @@ _LONGEST_OPEN = 60
 DEFAULTS = {"reconnect-delay": LONGEST_DELAY, "open-timeout": 5}
 _LIMITS = {"reconnect-delay": (0, LONGEST_DELAY), "open-timeout": (1, _LONGEST_OPEN)}
 
-_FORMS = "write nbd://HOST[:PORT][/EXPORT] or nbd+unix:///[EXPORT]?socket=/PATH"
+_FORMS = "write nbd://HOST[:PORT][/EXPORT] or nbd+unix:///[EXPORT]?socket=/PATH, with TLS nbds:// or nbds+unix:///"
 _EXPORT_NAME = ":exportname="
 
 
@@ -38,11 +39,13 @@ class _Export:
     host: str = ""
     port: int = 0
     socket: str = ""
+    tls: bool = False
 
     def __str__(self) -> str:
+        scheme = "nbds" if self.tls else "nbd"
         if self.socket:
-            return f"nbd+unix:///{escaped(self.name)}?socket={escaped(self.socket)}"
-        return f"nbd://{self.host}:{self.port}/{escaped(self.name)}"
+            return f"{scheme}+unix:///{escaped(self.name)}?socket={escaped(self.socket)}"
+        return f"{scheme}://{self.host}:{self.port}/{escaped(self.name)}"
 
 
 class NbdBackend(NetworkDefaults):
@@ -55,16 +58,27 @@ class NbdBackend(NetworkDefaults):
         "reconnect-delay": "seconds that requests wait for a lost server before they fail, 0: they fail at once; "
         f"default {LONGEST_DELAY} (136 years)",
         "open-timeout": f"seconds until a server that cannot be reached is given up, 1 to {_LONGEST_OPEN}; default 5",
+        **tls.OPTIONS,
     }
-    defaults: Mapping[str, str] = {key: str(value) for key, value in DEFAULTS.items()}
+    defaults: Mapping[str, str] = {**{key: str(value) for key, value in DEFAULTS.items()}, **tls.DEFAULTS}
+    secret_options = tls.SECRET_OPTIONS
 
     def parse(self, source: str, options: Mapping[str, str]) -> str:
-        """Return the export as a URI with host, port and name. Raises INVALID_SOURCE, UNSUPPORTED."""
-        return str(_read(source))
+        """Return the export as a URI with host, port and name.
+
+        Raises INVALID_SOURCE; INVALID_ARGUMENT where options of TLS are missing, or there is no TLS.
+        """
+        export = _read(source)
+        tls.check_use(
+            options, tls=export.tls, host=bool(export.host),
+            spelling="nbds+unix:///" if export.socket else "nbds://",
+        )
+        return str(export)
 
     def check_options(self, options: Mapping[str, str]) -> None:
-        """Both are whole seconds."""
+        """Times are whole seconds."""
         check_numbers(options, _LIMITS)
+        tls.check(options)
 
     def node(self, location: str, *, read_only: bool, options: Mapping[str, str]) -> Node:
         """BlockdevOptionsNbd. Requests are done again on each new connection, so none is lost or done by halves."""
@@ -79,35 +93,36 @@ class NbdBackend(NetworkDefaults):
             "server": server,
             "export": export.name,
             **{key: int(options.get(key, default)) for key, default in DEFAULTS.items()},
+            **(tls.members(options) if export.tls else {}),
             "read-only": read_only,
             "discard": "unmap",
             "cache": cache_flags(options),
         }
 
+    def requirements(self, location: str, options: Mapping[str, str]) -> Requirements:
+        """What TLS needs."""
+        return tls.requirements(options) if _read(location).tls else NO_REQUIREMENTS
+
     def identity(self, location: str, real_path: Callable[[str], str]) -> str:
-        """The location itself, a unix socket by its real path.
+        """The location as it is without TLS (many servers take clients with and without), a unix socket's real path.
 
         Not by the socket's inode: a server that is restarted makes another one, and is the same server.
         """
-        export = _read(location)
+        export = replace(_read(location), tls=False)
         if export.socket:
-            return str(_Export(export.name, socket=real_path(export.socket)))
+            export = replace(export, socket=real_path(export.socket))
         return str(export)
 
 
 def _read(source: str) -> _Export:
     scheme, _, rest = source.partition(":")
-    if scheme.startswith("nbds"):
-        raise StoragedError(
-            ErrorCode.UNSUPPORTED, "NBD over TLS is not supported yet",
-            hint="use nbd:// or nbd+unix:// to the near end of a tunnel (ssh -L, stunnel)",
-        )
     if scheme == "nbd" and not rest.startswith("//"):
         export = _read_legacy(rest, source)
     elif not rest.startswith("//"):
         refuse(source, "there is no // after the scheme", _FORMS)
     else:
         export = _read_uri(scheme, rest.removeprefix("//"), source)
+    export = replace(export, tls=scheme.startswith("nbds"))
     if len(export.name.encode()) > _LONGEST_EXPORT:
         refuse(source, f"the name of the export has more than {_LONGEST_EXPORT} bytes", _FORMS)
     if export.socket and not export.socket.startswith("/"):
@@ -126,7 +141,9 @@ def _read_uri(scheme: str, rest: str, source: str) -> _Export:
     before, question, query = rest.partition("?")
     authority, _, path = before.partition("/")
     name = unescaped(path, source)
-    if scheme != "nbd+unix":
+    if scheme.startswith("nbds"):
+        _refuse_tls_parameters(authority, query, source)
+    if not scheme.endswith("+unix"):
         if question:
             refuse(source, f"{query!r} means nothing here", "leave out the ?; a plain one is written %3F")
         host, port = authority_of(authority, source, DEFAULT_PORT)
@@ -139,6 +156,15 @@ def _read_uri(scheme: str, rest: str, source: str) -> _Export:
     if "&" in socket or ";" in socket:
         refuse(source, "there is more than the socket behind the ?", "a plain & is written %26, a plain ; %3B")
     return _Export(name, socket=unescaped(socket, source))
+
+
+def _refuse_tls_parameters(authority: str, query: str, source: str) -> None:
+    """A source that ends up in lists and in the log names neither the user nor the file of the key."""
+    if "@" in authority:
+        refuse(source, f"{authority!r} names a user", f"leave it out and say -o {tls.USER}=USER")
+    if re.search(r"(^|[&;])tls-[a-z-]+=", query):
+        refuse(source, "options of TLS are no part of the source", "say each of them with -o, such as "
+               f"-o {tls.CERTIFICATES}=DIRECTORY")
 
 
 def _read_legacy(rest: str, source: str) -> _Export:

@@ -103,18 +103,22 @@ def reading(sock: socket.socket, export: str, timeout: float) -> Iterator[tuple[
     handle.set_export_name(export)
 
     def read(offset: int, length: int) -> bytes:
-        length = max(0, min(length, handle.get_size() - offset))
+        size = handle.get_size()
+        length = max(0, min(length, size - offset))
         if not length:
             return b""
-        buffer = nbd.Buffer(length)
+        # Whole blocks, as small as the server can read.
+        block = max(1, handle.get_block_size(nbd.SIZE_MINIMUM))
+        start, end = offset // block * block, min(size, -(-(offset + length) // block) * block)
+        buffer = nbd.Buffer(end - start)
         try:
-            cookie = handle.aio_pread(buffer, offset)
+            cookie = handle.aio_pread(buffer, start)
             _wait(
                 handle, lambda: bool(handle.aio_command_completed(cookie)), deadline - time.monotonic(), "read"
             )
         except nbd.Error as error:
             raise failure(error) from error
-        return bytes(buffer.to_bytearray())
+        return bytes(buffer.to_bytearray()[offset - start:offset - start + length])
 
     def failure(error: Exception) -> StoragedError:
         return StoragedError(

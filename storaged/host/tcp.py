@@ -1,4 +1,4 @@
-"""Which TCP peers of a process do not acknowledge: /proc/PID/net/tcp (proc_net_tcp.rst in the kernel).
+"""A process's TCP connections, and which peers do not acknowledge: /proc/PID/net/tcp (proc_net_tcp.rst in the kernel).
 
 Not sock_diag(7), which tells the same numbers: it is about the asker's network namespace only, loads a module
 (tcp_diag) where that is not there yet, and takes each socket's lock. This takes no lock, and so never waits.
@@ -12,7 +12,7 @@ import socket
 import struct
 
 #: States of include/net/tcp_states.h.
-_SYN_SENT, _TIME_WAIT, _CLOSE, _LISTEN = 2, 6, 7, 10
+_ESTABLISHED, _SYN_SENT, _SYN_RECV, _TIME_WAIT, _CLOSE, _LISTEN = 1, 2, 3, 6, 7, 10
 #: This many in a row without an answer: with the shortest timeout (200 ms, doubled each time) 1.4 seconds have passed,
 #: for an attempt to connect at least 3. One or two are lost on any network that is under load.
 _UNANSWERED = 3
@@ -39,6 +39,27 @@ def silent_peers(pid: int) -> list[str]:
                 if fields[9] in sockets and _is_silent(fields):
                     found.add(_address(fields[2], family))
     return sorted(found)
+
+
+def is_connected(pid: int) -> bool:
+    """Whether a process has a TCP connection, or is about to have one. True where that cannot be told.
+
+    Neither one that its peer has closed counts (CLOSE_WAIT) nor one that was reset, which is in no table any more.
+    """
+    sockets = _sockets(pid)
+    for table in ("tcp", "tcp6"):
+        try:
+            with open(f"/proc/{pid}/net/{table}", encoding="ascii") as file:
+                next(file, None)
+                for line in file:
+                    fields = line.split()
+                    if int(fields[3], 16) in (_ESTABLISHED, _SYN_SENT, _SYN_RECV) and fields[9] in sockets:
+                        return True
+        except OSError:
+            if table == "tcp":
+                return True  # it has ended, perhaps; without IPv6 there is no other table
+    # One that has ended meanwhile is no news here.
+    return not os.path.isdir(f"/proc/{pid}/fd")
 
 
 def _is_silent(fields: list[str]) -> bool:
@@ -71,12 +92,17 @@ def _address(text: str, family: socket.AddressFamily) -> str:
 
 def _sockets(pid: int) -> set[str]:
     """The inodes of a process's sockets; none of one that is gone."""
-    found = set()
+    return set(socket_descriptors(pid).values())
+
+
+def socket_descriptors(pid: int) -> dict[int, str]:
+    """Return descriptor → inode of a process's sockets, of all families; none of one that is gone."""
+    found = {}
     directory = f"/proc/{pid}/fd"
     with contextlib.suppress(OSError):
         for descriptor in os.listdir(directory):
             with contextlib.suppress(OSError):
                 target = os.readlink(f"{directory}/{descriptor}")
                 if target.startswith("socket:["):
-                    found.add(target[8:-1])
+                    found[int(descriptor)] = target[8:-1]
     return found

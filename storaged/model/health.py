@@ -38,13 +38,15 @@ class Trouble(StrEnum):
     BACKEND_SILENT = "backend-silent"
     #: As before, and a TCP peer of QSD acknowledges nothing.
     NETWORK_AWAY = "network-away"
+    #: QSD has lost its connection to the server, and QEMU's driver makes no other: each request fails from now on.
+    BACKEND_LOST = "backend-lost"
     #: QSD is dead, no successor can be had, and the device waits for one.
     NO_SERVER = "no-server"
 
     @property
     def of_backend(self) -> bool:
         """Whether QSD is not to blame: what is behind it does not answer, or cannot be opened."""
-        return self in (Trouble.BACKEND_SILENT, Trouble.NETWORK_AWAY, Trouble.NO_SERVER)
+        return self in (Trouble.BACKEND_SILENT, Trouble.NETWORK_AWAY, Trouble.BACKEND_LOST, Trouble.NO_SERVER)
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Reaction(StrEnum):
 
 @dataclass(frozen=True)
 class Policy:
-    """A reaction, and after how many seconds of the trouble it is due (0 for WAIT)."""
+    """A reaction, and after how many seconds of the trouble it is due (0 for WAIT, and for what is due at once)."""
 
     reaction: Reaction
     after: float = 0.0
@@ -151,6 +153,9 @@ def policy_for(
     ``on_hang`` and ``on_stall`` are the user's wishes, None where there is none. ``loses_writes``: QSD may hold
     acknowledged writes that die with it. ``bridged``: requests wait without an error while there is no QSD.
     """
+    if trouble is Trouble.BACKEND_LOST:
+        # There is nothing to wait for, and nothing that could still be lost: all fails until there is another QSD.
+        return Policy(Reaction.RESTART)
     if trouble.of_backend:
         if trouble is Trouble.NO_SERVER and on_stall is not None and on_stall.reaction is Reaction.RESTART:
             return WAIT  # that is tried all the time
@@ -188,6 +193,7 @@ _MEANINGS = {
     Trouble.QSD_SILENT: "qemu-storage-daemon does not answer",
     Trouble.BACKEND_SILENT: "the storage below answers no request",
     Trouble.NETWORK_AWAY: "the storage below is not reached over the network",
+    Trouble.BACKEND_LOST: "qemu-storage-daemon has lost its server, and makes no new connection",
     Trouble.NO_SERVER: "the device waits, and no qemu-storage-daemon can serve it",
 }
 
@@ -201,6 +207,7 @@ _ADVICE = {
     "with errors",
     Trouble.NETWORK_AWAY: "look at the network and at the server: requests go on when it is back; "
     "storaged rescue {name} ends them with errors",
+    Trouble.BACKEND_LOST: "another qemu-storage-daemon takes its place; look why the server ended the connection",
     Trouble.NO_SERVER: "mend what the failure names: it is tried again by itself; storaged rescue {name} ends what "
     "waits with errors",
 }

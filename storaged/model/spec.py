@@ -66,7 +66,7 @@ class VolumeSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             return False
         if self.snapshot or self.format not in (Format.RAW, Format.LUKS):
             return True
-        return cache != "none" and caches_writes(self.source)
+        return caches_writes(self.source, direct=cache == "none")
 
     @property
     def allowed_backing(self) -> list[str]:
@@ -107,13 +107,15 @@ class Desired(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """In which boot it was rescued (random(4), boot_id): after another there is nothing that could fail."""
 
 
-def caches_writes(source: str) -> bool:
-    """Whether QEMU's driver for a source keeps acknowledged writes in memory, if the cache mode lets it."""
+def caches_writes(source: str, *, direct: bool) -> bool:
+    """Whether QEMU's driver for a source keeps acknowledged writes in memory; ``direct``: with cache=none."""
     try:
         backend = find_backend(source)
     except StoragedError:
         return False  # what is left of a volume of which nothing is known
-    return isinstance(backend, NetworkBackend) and backend.caches_writes
+    if not isinstance(backend, NetworkBackend):
+        return False
+    return backend.caches_direct or (backend.caches_writes and not direct)
 
 
 def check_spec(spec: VolumeSpec, further_options: Set[str]) -> None:

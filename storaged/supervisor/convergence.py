@@ -44,7 +44,7 @@ class Convergence(Actor):
         self.seen = Observed()
         self.attachment = Attachment(desired.spec, environment, self.wake)
         self._environment = environment
-        self._health = Health(self.attachment)
+        self._health = Health(self.attachment, self.wake)
         self._journal = Journal(self.attachment)
         self._stored: Goal | str | None = None if fresh else self.goal
         self._adopted = fresh

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 
+from storaged.backends import find_backend
 from storaged.errors import StoragedError
 from storaged.host import disk, process, tcp
+from storaged.host.tcpwatch import ConnectionWatch
 from storaged.model.health import (
     STALLED_AFTER,
     STOPPED,
@@ -18,6 +21,7 @@ from storaged.model.health import (
     judge,
     policy_for,
 )
+from storaged.model.record import ProcessIdentity
 from storaged.supervisor.holding import Holding
 
 #: Seconds after which QSD of an online volume is asked, too: that costs a thousand times more than a look.
@@ -28,6 +32,8 @@ _SUSPICIOUS = 2.0
 _PROBE = 1.0
 #: Seconds for an answer of a QSD whose device stands still; one that takes longer is ended without one.
 _QUICK_ANSWER = 1.0
+#: Seconds between two looks whether QSD still has its server, where nothing tells of the loss at once.
+_LOOK_FOR_LOSS = 2.5
 #: Seconds for the look at QSD's threads and connections in /proc.
 _PATIENCE = 5.0
 
@@ -35,12 +41,16 @@ _PATIENCE = 5.0
 class Health:
     """Of one volume. Used by its actor only."""
 
-    def __init__(self, held: Holding) -> None:
+    def __init__(self, held: Holding, wake: Callable[[], None]) -> None:
+        """``wake`` is called when QSD has lost a connection that does not come back by itself."""
         self.condition: Condition | None = None
         """The trouble that the volume has, None where it has none."""
         self.standstill = 0.0
         """Seconds for which requests have been in flight and none has ended."""
+        self.lost = False
+        """QSD has lost its server, and would not find it again."""
         self._held = held
+        self._watch = ConnectionWatch(wake)
         self._clock = Standstill()
         self.in_flight = 0
         """Requests in flight when the device was sampled last."""
@@ -62,7 +72,8 @@ class Health:
     def look_every(self) -> float:
         """Seconds between two looks, at most, so that the policies come about in time."""
         after = [policy.after for policy in (self._held.spec.on_hang, self._held.spec.on_stall) if policy]
-        return min(15.0, *(max(1.0, seconds / 3) for seconds in after if seconds), 15.0)
+        blind = [] if self._recovers or self._watch.active else [_LOOK_FOR_LOSS]
+        return min(15.0, *(max(1.0, seconds / 3) for seconds in after if seconds), *blind, 15.0)
 
     @property
     def due_in(self) -> float | None:
@@ -77,8 +88,39 @@ class Health:
         if progress is not None:
             self.in_flight = progress.in_flight
         self.standstill = self._clock.update(progress, time.monotonic())
-        self._held.stalled = self.standstill >= self.patience
-        return self.standstill < _SUSPICIOUS
+        self.lost = self._has_lost_server()
+        self._held.stalled = self.lost or self.standstill >= self.patience
+        return self.standstill < _SUSPICIOUS and not self.lost
+
+    def watch(self) -> None:
+        """Be told at once when QSD loses a connection that does not come back by itself. Never blocks."""
+        who = self._who_must_not_lose()
+        if who is not None:
+            self._watch.watch(who)
+
+    def leave(self) -> None:
+        """The volume is gone, or the daemon ends."""
+        self._watch.close()
+
+    @property
+    def _recovers(self) -> bool:
+        try:
+            # Asked at each look, of all volumes: whether it is a NetworkBackend would cost more to find out.
+            return bool(getattr(find_backend(self._held.spec.source), "recovers", True))
+        except StoragedError:
+            return True  # what another version of the daemon has attached
+
+    def _who_must_not_lose(self) -> ProcessIdentity | None:
+        """QSD, where it has opened a source of whose connection it makes no other."""
+        record = self._held.record
+        if record is None or record.rescue or record.settled or not self._held.qsd.alive or self._recovers:
+            return None
+        return record.process
+
+    def _has_lost_server(self) -> bool:
+        self.watch()
+        who = self._who_must_not_lose()
+        return who is not None and not tcp.is_connected(who.pid)
 
     async def find_standstill(self) -> None:
         """Before all I/O is ended: find out within a moment whether requests are in flight of which none ends.
@@ -119,7 +161,7 @@ class Health:
     async def has_recovered(self) -> bool:
         """Before a policy is carried out: whether what it is about is over. The condition is dropped then."""
         condition, held = self.condition, self._held
-        if condition is None or condition.trouble is Trouble.NO_SERVER:
+        if condition is None or condition.trouble in (Trouble.NO_SERVER, Trouble.BACKEND_LOST):
             return False
         if condition.trouble.of_backend:
             self.glance()
@@ -142,6 +184,9 @@ class Health:
             return
         if held.record is None or held.record.process is None or not held.qsd.alive or held.record.rescue:
             self.condition = None
+            return
+        if self.lost:
+            self._set(Trouble.BACKEND_LOST, 0.0, "it has no TCP connection any more")
             return
         silent = held.qsd.silent_since
         if silent is None and not held.stalled:
@@ -183,6 +228,8 @@ class Health:
         """Another server serves the device, or another device the volume."""
         self.condition = None
         self.standstill = 0.0
+        self.lost = False
+        self._watch.close()
         self._clock = Standstill()
         self._held.stalled = False
 

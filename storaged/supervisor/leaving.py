@@ -60,18 +60,25 @@ async def _disconnect_by_force(held: Holding, record: Record, timeout: float) ->
     flush = held.qsd.alive and not (held.qsd.silent or record.rescue or record.lost or held.stalled)
     if held.stalled and not record.rescue:
         held.notes.append("what was written and not flushed is given up: no request has ended for a while")
+    if not held.transport.bridges and (held.stalled or held.qsd.silent):
+        # Whoever waits in the kernel while it looks for partitions, or at the last close, keeps everybody from opening
+        # the device, us too. So its I/O has to end first; here it does so without QSD.
+        await held.qsd.kill()
     try:
         async with held.names_held():
             held.notes += await held.transport.disconnect_by_force(held.site, record, timeout, flush=flush)
         if held.transport.reconnects and held.transport.find_device(held.site, record) is not None:
             await held.note(abandoned=[*record.abandoned, str(record.device)])
     except StoragedError as error:
-        if error.code is not ErrorCode.HOST_STUCK or not held.transport.bridges or record.rescue:
+        if error.code is not ErrorCode.HOST_STUCK or record.rescue:
             raise
         # Its requests wait for storage that does not answer. They end without QSD, or with a rescue server.
         held.notes.append(f"all I/O in flight ends with errors: {error.message}")
         await held.qsd.kill()
-        return False
+        if held.transport.bridges:
+            return False
+        async with held.names_held():
+            held.notes += await held.transport.disconnect_by_force(held.site, record, timeout, flush=False)
     return True
 
 

@@ -151,7 +151,8 @@ class Manager:
         except StoragedError as error:
             error.at(volume=spec.name)
             raise
-        if caches_writes(spec.source) and "cache" not in spec.options:
+        helps = caches_writes(spec.source, direct=False) and not caches_writes(spec.source, direct=True)
+        if helps and "cache" not in spec.options:
             # A device that goes on when QSD dies is worth more than a cache in it.
             spec = msgspec.structs.replace(spec, options={**spec.options, "cache": "none"})
         return without_defaults(spec, backend.defaults)

@@ -134,6 +134,9 @@ class FuseTransport(HostDevice):
         notes: list[str] = []
         if flush and not record.spec.read_only:
             notes = await self.flush_before_force(site, device.path, lambda: loop.is_bound(device), timeout)
+            if notes:
+                # To open the device may take as long as the flush: its I/O has to end first.
+                raise StoragedError(ErrorCode.HOST_STUCK, notes[0])
         users = await site.blocking("take the loop device away", timeout, loop.release_by_force, device)
         return notes + _stays(device, users)
 

@@ -23,12 +23,12 @@ class NbdServer:
         self.image = image
         self.export = export
         self.options = options
-        self._socket, self._at, self._netns = socket_path, at, netns
+        self._socket, self.at, self._netns = socket_path, at, netns
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, *options: str) -> None:
         """Start it, and wait until it accepts connections."""
-        where = ["-k", str(self._socket)] if self._at is None else ["-b", self._at[0], "-p", str(self._at[1])]
+        where = ["-k", str(self._socket)] if self.at is None else ["-b", self.at[0], "-p", str(self.at[1])]
         self.run(
             "qemu-nbd", "-t", "-e", "0", "-f", "raw", "-x", self.export, *where, *self.options, *options,
             str(self.image),
@@ -45,10 +45,10 @@ class NbdServer:
     def _accepts(self) -> bool:
         assert self._process is not None
         assert self._process.poll() is None, "the NBD server ended"
-        family = socket.AF_UNIX if self._at is None else socket.AF_INET
+        family = socket.AF_UNIX if self.at is None else socket.AF_INET
         with socket.socket(family, socket.SOCK_STREAM) as client:
             try:
-                client.connect(str(self._socket) if self._at is None else self._at)
+                client.connect(str(self._socket) if self.at is None else self.at)
             except OSError:
                 return False
         return True
@@ -67,17 +67,20 @@ class NbdServer:
 
 
 @contextmanager
-def network(name: str) -> Iterator[tuple[str, str]]:
-    """A network namespace behind a cable; yields the server's address in it, and this host's end of the cable."""
+def network(name: str, addresses: str = "198.51.100") -> Iterator[tuple[str, str]]:
+    """A network namespace behind a cable; yields the server's address in it, and this host's end of the cable.
+
+    ``addresses``: the first three bytes of both ends' addresses.
+    """
     near, far = f"{name}-0", f"{name}-1"
     run("ip", "netns", "add", name)
     try:
         run("ip", "link", "add", near, "type", "veth", "peer", "name", far, "netns", name)
-        run("ip", "address", "add", "198.51.100.1/30", "dev", near)
+        run("ip", "address", "add", f"{addresses}.1/30", "dev", near)
         run("ip", "link", "set", near, "up")
-        run("ip", "-n", name, "address", "add", "198.51.100.2/30", "dev", far)
+        run("ip", "-n", name, "address", "add", f"{addresses}.2/30", "dev", far)
         run("ip", "-n", name, "link", "set", far, "up")
-        yield "198.51.100.2", near
+        yield f"{addresses}.2", near
     finally:
         run("ip", "netns", "del", name)
         # With its peer's namespace it goes, a moment later.

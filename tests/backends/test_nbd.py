@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -355,3 +356,20 @@ def test_what_qemu_args_prints_opens_it(server: NbdServer, daemon: Daemon, sourc
     assert as_json(blockdev)["file"]["driver"] == "nbd"
     tree = {key: value for key, value in as_json(blockdev).items() if key != "node-name"}
     run("qemu-io", "-c", f"read -P 0 {32 * MIB} 4096", f"json:{json.dumps(tree)}")
+
+
+def test_a_device_is_taken_away_by_force_though_the_kernel_lets_nobody_open_it(
+    server: NbdServer, daemon: Daemon, source: str
+) -> None:
+    device = daemon.device("a", source)
+    server.signal(signal.SIGSTOP)
+    with (
+        subprocess.Popen(["dd", "if=/dev/zero", f"of={device}", "bs=4k", "count=1", "conv=fsync"]) as writer,
+        # Now and then it gets to hold the lock that an open needs, and waits with it for what was written.
+        subprocess.Popen(["blockdev", "--rereadpt", device]) as reader,
+    ):
+        eventually(lambda: " D " in Path(f"/proc/{writer.pid}/stat").read_text(), "it waits")
+        daemon.detach("a", force=True, timeout=25)
+        assert writer.wait(20) != 0
+        reader.wait(20)
+    server.signal(signal.SIGCONT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -10,6 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from storaged.backends import BACKENDS, find_backend
+from storaged.backends.base import NO_REQUIREMENTS
 from storaged.backends.nbd import BACKEND, LONGEST_DELAY
 from storaged.errors import ErrorCode, StoragedError
 
@@ -18,14 +20,20 @@ TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])
 PATHS = TEXT.map(lambda text: f"/{text}").filter(lambda text: len(text.encode()) <= 107)
 
 
+CERTIFICATES = {"tls-certificates": "/pki"}
+UNDERSCORED = {"tls_certificates": "/pki"}
+KEY = {"tls-psk-file": "/run/key"}
+
+
 def node(source: str, **options: str) -> dict[str, Any]:
     said = {key.replace("_", "-"): value for key, value in options.items()}
-    return BACKEND.node(BACKEND.parse(source, {}), read_only=False, options=said)
+    BACKEND.check_options(said)
+    return BACKEND.node(BACKEND.parse(source, said), read_only=False, options=said)
 
 
-def refused(source: str) -> StoragedError:
+def refused(source: str, options: Mapping[str, str] | None = None) -> StoragedError:
     with pytest.raises(StoragedError) as caught:
-        BACKEND.parse(source, {})
+        BACKEND.parse(source, options or {})
     assert caught.value.hint
     assert str(caught.value).encode()
     return caught.value
@@ -90,9 +98,110 @@ def test_what_is_no_server_is_refused(source: str) -> None:
     assert refused(source).code is ErrorCode.INVALID_SOURCE
 
 
+@pytest.mark.parametrize(
+    ("source", "location", "server"),
+    [
+        ("nbds://Host/x", "nbds://host:10809/x", inet("host")),
+        ("nbds+tcp://host:1/x", "nbds://host:1/x", inet("host", "1")),
+        ("nbds+unix:///x?socket=/s", "nbds+unix:///x?socket=/s", {"type": "unix", "path": "/s"}),
+    ],
+)
+@pytest.mark.parametrize("options", [{**CERTIFICATES, "tls-hostname": "Other.Example"}, KEY], ids=str)
+def test_with_tls_it_is_the_same_disk_and_another_way_to_it(
+    source: str, location: str, server: dict[str, Any], options: dict[str, str]
+) -> None:
+    assert find_backend(source) is BACKENDS["nbd"]
+    BACKEND.check_options(options)
+    assert BACKEND.parse(source, options) == location == BACKEND.parse(location, options)
+    found = BACKEND.node(location, read_only=False, options=options)
+    assert (found["server"], found["export"], found["tls-creds"]) == (server, "x", "tls")
+    plain = BACKEND.parse(source.replace("nbds", "nbd"), {})
+    assert "tls-creds" not in BACKEND.node(plain, read_only=False, options={})
+    assert plain != location
+    assert BACKEND.identity(plain, str) == BACKEND.identity(location, str)
+
+
 @pytest.mark.parametrize("source", ["nbds://host/x", "nbds+unix:///x?socket=/s", "nbds+tcp://host"])
-def test_tls_is_refused_and_never_left_out(source: str) -> None:
-    assert refused(source).code is ErrorCode.UNSUPPORTED
+def test_tls_needs_a_certificate_or_a_key(source: str) -> None:
+    error = refused(source)
+    assert error.code is ErrorCode.INVALID_ARGUMENT
+    assert "tls-certificates" in error.hint
+    assert refused(source, {"tls-user": "u"}).code is ErrorCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize("source", ["nbd://host/x", "nbd:host:1", "nbd+unix:///x?socket=/s", "nbd:unix:/s"])
+@pytest.mark.parametrize(
+    "options", [CERTIFICATES, KEY, {"tls-verify": "on"}, {"tls-hostname": "h"}, {"tls-user": "u"}], ids=str
+)
+def test_who_says_something_of_tls_does_not_get_a_connection_without(source: str, options: dict[str, str]) -> None:
+    error = refused(source, options)
+    assert error.code is ErrorCode.INVALID_ARGUMENT
+    assert "nbds" in error.hint
+
+
+def test_certificates_are_compared_with_the_name_that_was_said_or_with_the_host() -> None:
+    assert "tls-hostname" not in node("nbds://host", **UNDERSCORED)  # then QEMU takes the host
+    assert node("nbds://host", tls_hostname="Other.Example", **UNDERSCORED)["tls-hostname"] == "other.example"
+    assert node("nbds://host", tls_hostname="2001:DB8::0:1", **UNDERSCORED)["tls-hostname"] == "2001:db8::1"
+    socket = "nbds+unix:///x?socket=/s"
+    error = refused(socket, CERTIFICATES)
+    assert "tls-hostname" in error.hint
+    assert node(socket, tls_hostname="h", **UNDERSCORED)["tls-hostname"] == "h"
+    assert "tls-hostname" not in node(socket, tls_verify="off", **UNDERSCORED)
+
+
+def test_qsd_gets_an_object_that_reads_the_certificates() -> None:
+    expected = {"qom-type": "tls-creds-x509", "id": "tls", "endpoint": "client", "dir": "/pki", "verify-peer": True}
+    found = BACKEND.requirements("nbds://h:1/x", CERTIFICATES)
+    assert (found.objects, found.secret_files, found.secrets) == ((expected,), {}, ())
+    found = BACKEND.requirements("nbds://h:1/x", {**CERTIFICATES, "tls-verify": "off"})
+    assert found.objects == ({**expected, "verify-peer": False},)
+    assert BACKEND.requirements("nbd://h:1/x", {}) == NO_REQUIREMENTS
+
+
+@pytest.mark.parametrize(("options", "user"), [(KEY, "qemu"), ({**KEY, "tls-user": "ä b"}, "ä b")])
+def test_qsd_finds_the_key_in_its_own_directory(options: dict[str, str], user: str) -> None:
+    BACKEND.check_options(options)
+    found = BACKEND.requirements("nbds://h:1/x", options)
+    assert found.objects == (
+        {"qom-type": "tls-creds-psk", "id": "tls", "endpoint": "client", "dir": ".", "username": user},
+    )
+    assert found.secret_files == {"keys.psk": "tls-psk-file"}
+    assert set(BACKEND.secret_options) == set(found.secret_files.values())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tls-certificates": "pki"}, {"tls-certificates": ""}, {"tls-verify": "no"}, {"tls-verify": ""},
+        {"tls-hostname": ""}, {"tls-hostname": "a b"}, {"tls-hostname": "*.example"}, {"tls-hostname": "h:1"},
+        {"tls-user": ""}, {"tls-user": "a:b"}, {"tls-user": "a\nb"}, {"tls-user": "x" * 129},
+        {**CERTIFICATES, **KEY}, {**KEY, "tls-verify": "off"}, {**KEY, "tls-hostname": "h"},
+        {**CERTIFICATES, "tls-user": "u"}, {**CERTIFICATES, "tls-verify": "off", "tls-hostname": "h"},
+    ],
+    ids=str,
+)
+def test_options_of_tls_that_mean_nothing_are_refused(options: dict[str, str]) -> None:
+    with pytest.raises(StoragedError) as caught:
+        BACKEND.check_options(options)
+    assert caught.value.code is ErrorCode.INVALID_ARGUMENT
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "nbds:host:1", "nbds:unix:/s", "nbds://", "nbds://user@host/x", "nbds+unix://user@/x?socket=/s",
+        "nbds://host/x?tls-psk-file=/k", "nbds://host/x?tls-certificates=/pki",
+        "nbds+unix:///x?socket=/s&tls-certificates=/pki", "nbds+unix:///x?tls-verify-peer=false&socket=/s",
+        "nbds+unix:///x",
+    ],
+)
+def test_what_other_clients_write_into_a_source_is_said_as_an_option(source: str) -> None:
+    error = refused(source, CERTIFICATES)
+    assert error.code is ErrorCode.INVALID_SOURCE
+    if "@" in source or "tls-" in source:
+        assert "-o tls-" in error.hint
 
 
 @given(TEXT, PATHS)
@@ -122,12 +231,13 @@ def test_addresses_have_one_location_however_they_are_written(export: str, port:
 
 @given(st.sampled_from(BACKEND.schemes), st.text())
 def test_any_text_is_a_source_or_refused(scheme: str, rest: str) -> None:
+    options = KEY if scheme.startswith("nbds") else {}
     try:
-        location = BACKEND.parse(f"{scheme}:{rest}", {})
+        location = BACKEND.parse(f"{scheme}:{rest}", options)
     except StoragedError:
-        assert refused(f"{scheme}:{rest}").code in (ErrorCode.INVALID_SOURCE, ErrorCode.UNSUPPORTED)
+        assert refused(f"{scheme}:{rest}", options).code is ErrorCode.INVALID_SOURCE
     else:
-        assert BACKEND.parse(location, {}) == location
+        assert BACKEND.parse(location, options) == location
         assert location.isascii()
         assert location.isprintable()
 

@@ -135,3 +135,41 @@ def test_this_process_has_real_sockets_and_all_of_them_are_well() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
         assert str(os.fstat(client.fileno()).st_ino) in tcp._sockets(os.getpid())
         assert tcp.silent_peers(os.getpid()) == []
+
+
+# Whether there is a connection at all
+
+
+@pytest.fixture
+def alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process 42 is there."""
+    real = os.path.isdir
+    monkeypatch.setattr(os.path, "isdir", lambda path: path == "/proc/42/fd" or real(path))
+
+
+@pytest.mark.parametrize("state", [ESTABLISHED, SYN_SENT, 3])
+@pytest.mark.parametrize("table", ["tcp", "tcp6"])
+def test_a_connection_is_one_in_either_table(alive: None, tables: dict[str, str], table: str, state: int) -> None:
+    tables["tcp"] = line(CLOSE_WAIT)
+    tables[table] = line(state, peer="2001:db8::1" if table == "tcp6" else "192.0.2.1")
+    assert tcp.is_connected(42)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    ["", line(CLOSE_WAIT), line(FIN_WAIT1), line(TIME_WAIT), line(CLOSE), line(LISTEN), line(ESTABLISHED, inode=99)],
+)
+def test_what_is_closed_or_anothers_is_no_connection(alive: None, tables: dict[str, str], lines: str) -> None:
+    tables["tcp"] = lines
+    assert not tcp.is_connected(42)
+    tables["tcp6"] = ""
+    assert not tcp.is_connected(42)
+
+
+def test_of_a_process_that_is_gone_nothing_is_said_to_be_lost(
+    tables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os.path, "isdir", lambda path: False)
+    assert tcp.is_connected(42)  # without its tables
+    tables["tcp"] = ""
+    assert tcp.is_connected(42)  # without its descriptors

@@ -1,0 +1,243 @@
+"""Fetches a whole file from a server by curl(1), and says whether what is there is all of it. Blocks, use a thread.
+
+A copy at PATH is complete: it is PATH.part until then. PATH.json, which is there before PATH is, says what it is a
+copy of, so that a file that merely has that name is never taken for one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from typing import Self
+
+import msgspec
+
+from storaged.errors import ErrorCode, StoragedError
+from storaged.host.atomic import remove_file, state_error, sync_directory, write_atomic
+
+_PART = ".part"
+_MARK = ".json"
+#: Seconds between two looks at how far it is.
+_LOOK = 0.1
+#: Bytes in a packet (RFC 2348), such that it fits into one frame of Ethernet. A server that does not know the option
+#: sends 512.
+_BLOCK = 1428
+#: What curl -v says of the option tsize (RFC 2349), by which the server tells the size: lib/tftp.c in curl.
+_SIZE = re.compile(rb"tsize parsed from OACK \(([0-9]+)\)")
+#: Of curl's words, which end in what went wrong (bytes).
+_LONGEST_TALK = 64 * 1024
+
+#: curl's exit status (curl(1)) -> code, message, hint. Its words say less: they name the first thing that was odd.
+_FAILURES = {
+    6: (ErrorCode.OPEN_FAILED, "the host's name is not known", "check the name, and this host's DNS and /etc/hosts"),
+    7: (ErrorCode.OPEN_FAILED, "the server cannot be reached", "start the server; check host and port"),
+    23: (ErrorCode.NO_SPACE, "there is no room for the copy", "make room on that filesystem"),
+    28: (ErrorCode.OPEN_FAILED, "the server does not answer", "start the server; check host, port and firewalls"),
+    68: (ErrorCode.SOURCE_MISSING, "the server has no such file", "check the path, and the server's directory"),
+    69: (ErrorCode.OPEN_FAILED, "the server refuses to send the file", "check its permissions, and the server's log"),
+    71: (ErrorCode.OPEN_FAILED, "the server does not understand the request", "see its log"),
+    72: (ErrorCode.OPEN_FAILED, "somebody else answers in the server's place", "check the network; try again"),
+}
+
+
+class Mark(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What PATH is a copy of, and its size in bytes."""
+
+    url: str
+    size: int
+
+
+def fetch(
+    url: str, path: str, *, deadline: float, progress: Callable[[int, int | None], None], stop: threading.Event,
+    stall: float = 20.0, size: int | None = None,
+) -> int:
+    """Fetch ``url`` (tftp://…) to ``path``, and return the size in bytes. A copy that is there is taken as it is.
+
+    ``deadline`` is of time.monotonic(); ``stall`` is how many seconds nothing may come; ``size`` what the user knows
+    of it. ``progress`` is told what has come and how much there is, if that is known. ``stop`` ends it. Where it
+    fails, nothing new is left.
+
+    Raises SOURCE_CHANGED where what is at ``path`` is no copy of that; SOURCE_MISSING, OPEN_FAILED, NO_SPACE;
+    UNSUPPORTED where nobody says how large the file is, because an end that came too early would look like any
+    other; TIMEOUT, also when stopped.
+    """
+    present = _present(url, path)
+    if present is not None:
+        return present
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        remove_file(path + _PART)
+        fd = os.open(path + _PART, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise state_error(path + _PART, error) from error
+    try:
+        with _Child(url, fd, deadline, stall) as child:
+            total = _follow(child, fd, deadline, progress, stop, stall, size)
+        os.fsync(fd)
+        write_atomic(path + _MARK, msgspec.json.encode(Mark(url=url, size=total)))
+        os.rename(path + _PART, path)
+        sync_directory(os.path.dirname(path))
+    except BaseException as error:
+        # Not what somebody else has put there meanwhile, because nobody waits for this one any more.
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.lstat(path + _PART), os.fstat(fd)):
+                os.unlink(path + _PART)
+        if isinstance(error, OSError):
+            raise state_error(path, error) from error
+        raise
+    finally:
+        os.close(fd)
+    return total
+
+
+def remove(path: str) -> None:
+    """Remove a copy and all that is beside it; no error where there is none. The mark goes last."""
+    for victim in (path + _PART, path, path + _MARK):
+        remove_file(victim)
+
+
+def _present(url: str, path: str) -> int | None:
+    """Return the size of a complete copy of ``url`` at ``path``, None where there is nothing."""
+    try:
+        seen = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise state_error(path, error) from error
+    mark = None
+    with contextlib.suppress(OSError, ValueError), open(path + _MARK, "rb") as file:
+        mark = msgspec.json.decode(file.read(), type=Mark)
+    if mark is None or mark.url != url:
+        cause = "nothing says what it is" if mark is None else f"it is a copy of {mark.url}"
+    elif seen.st_size != mark.size:
+        cause = f"it has {seen.st_size} bytes, and had {mark.size}"
+    else:
+        return mark.size
+    raise StoragedError(
+        ErrorCode.SOURCE_CHANGED, f"{path} is no copy of {url}", cause=cause,
+        hint="look at it, and move it away, together with what else has its name",
+    )
+
+
+class _Child:
+    """A curl that writes to a descriptor, in a session of its own."""
+
+    def __init__(self, url: str, fd: int, deadline: float, stall: float) -> None:
+        left = max(1.0, deadline - time.monotonic())
+        command = [
+            # -q: no .curlrc; --globoff: brackets and braces are what they are.
+            "curl", "-q", "--globoff", "--silent", "--verbose", "--proto", "=tftp", "--noproxy", "*",
+            "--tftp-blksize", str(_BLOCK), "--connect-timeout", f"{min(stall, left):.3f}",
+            # It ends even if nobody is there any more to end it.
+            "--max-time", f"{left:.3f}", "--", url,
+        ]
+        environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=fd, stderr=subprocess.PIPE, env=environment, cwd="/",
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise StoragedError(
+                ErrorCode.UNSUPPORTED, "the program curl, which fetches the source, cannot be run",
+                cause=error.strerror or str(error), hint="apt install curl",
+            ) from error
+        assert self._process.stderr is not None
+        self._talk_fd = self._process.stderr.fileno()
+        os.set_blocking(self._talk_fd, False)
+        self._talk = b""
+        self.size: int | None = None
+        """What the server says, once it has."""
+
+    def poll(self, timeout: float) -> int | None:
+        """Wait for its end, and return its exit status; None if it goes on."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout)
+        with contextlib.suppress(BlockingIOError):
+            while data := os.read(self._talk_fd, 4096):
+                self._talk = (self._talk + data)[-_LONGEST_TALK:]
+        if self.size is None and (found := _SIZE.search(self._talk)):
+            self.size = int(found[1])
+        return self._process.returncode
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Whatever it does, it ends now."""
+        with self._process:
+            if self._process.returncode is None:
+                self._process.kill()
+
+    def failure(self, status: int) -> StoragedError:
+        """What an exit status means."""
+        lines = [line.strip("* ") for line in self._talk.decode(errors="replace").splitlines()]
+        words = [line for line in lines if line.startswith(("TFTP error", "Could not resolve", "Fail", "Received"))]
+        code, message, hint = _FAILURES.get(
+            status, (ErrorCode.OPEN_FAILED, "the source cannot be fetched", "try the same with curl by hand")
+        )
+        return StoragedError(
+            code, message, cause=f"curl ended with status {status}" + (f": {words[-1]}" if words else ""), hint=hint
+        )
+
+
+def _follow(
+    child: _Child, fd: int, deadline: float, progress: Callable[[int, int | None], None], stop: threading.Event,
+    stall: float, size: int | None,
+) -> int:
+    """Watch it to its end, and return how much came: all of it."""
+    done, changed = -1, time.monotonic()
+    while True:
+        status = child.poll(_LOOK)
+        total = child.size if child.size is not None else size
+        seen = os.fstat(fd).st_size
+        now = time.monotonic()
+        if seen != done:
+            done, changed = seen, now
+            progress(done, total)
+        if None not in (size, child.size) and size != child.size:
+            raise _other_size(f"the server says that it has {child.size} bytes", size)
+        if total is not None and done > total:
+            raise _other_size("the server sends more", total)
+        if status is not None:
+            break
+        if stop.is_set():
+            raise StoragedError(ErrorCode.TIMEOUT, "fetching the source was given up", hint="attach it again")
+        if now > deadline:
+            raise StoragedError(
+                ErrorCode.TIMEOUT, "the source could not be fetched in time", cause=_how_far(done, total),
+                hint="say a longer --timeout, or fetch it by hand and attach the file",
+            )
+        if now > changed + stall:
+            raise StoragedError(
+                ErrorCode.OPEN_FAILED, "the server does not answer any more" if done else "the server does not answer",
+                cause=f"nothing came for {stall:g} seconds; {_how_far(done, total)}",
+                hint="start the server; check host, port and firewalls",
+            )
+    if status != 0:
+        raise child.failure(status)
+    if total is None:
+        raise StoragedError(
+            ErrorCode.UNSUPPORTED, "nobody knows whether the source was fetched whole",
+            cause=f"the server does not tell its size (the option tsize of RFC 2349); {done} bytes came",
+            hint="if you know how large it is, say -o size=BYTES; or use another server (tftpd-hpa tells)",
+        )
+    if done != total:
+        raise _other_size(f"{done} bytes came", total)
+    return done
+
+
+def _other_size(what: str, size: int | None) -> StoragedError:
+    return StoragedError(
+        ErrorCode.OPEN_FAILED, "the source was not fetched whole", cause=f"{what}, and should have {size}",
+        hint="try again; if it stays so, the file changes on the server, or something on the way cuts it off",
+    )
+
+
+def _how_far(done: int, total: int | None) -> str:
+    return f"{done} bytes of {'an unknown number' if total is None else total} have come"
