@@ -99,8 +99,7 @@ def restore(log: ReconnectLog, rings: Sequence[Ring] | None) -> str:
     ``rings`` are the device's queues; None where they cannot be seen. Only while nobody serves the device. Raises
     RECONNECT_LOG_LOST, with everything left as it is; and NO_SPACE, INTERNAL.
     """
-    path_problem, kept_problem = _problem(log, log.path, rings), _problem(log, log.kept, rings)
-    recorded = _recorded(log)
+    path_problem, recorded = _problem(log, log.path, rings), _recorded(log)
     kept_is_there = os.path.lexists(log.kept)
     if not path_problem and (recorded is not None or not kept_is_there or _inode(log.path) == _inode(log.kept)):
         # A daemon that died before it had made link and identity leaves a good log.
@@ -109,6 +108,7 @@ def restore(log: ReconnectLog, rings: Sequence[Ring] | None) -> str:
         if recorded is None:
             _write_identity(log)
         return ""
+    kept_problem = _problem(log, log.kept, rings)
     if not kept_problem:
         # tmp itself may be what was removed.
         os.makedirs(os.path.dirname(log.path), mode=0o700, exist_ok=True)
@@ -180,15 +180,19 @@ def _queue_problem(data: bytes, queue_size: int, ring: Ring | None) -> str:
     # QSD notes an answer after it has given it (vduse_queue_push): if it was killed in between, it is one behind.
     if ring is not None and (ring.used - answered) % (1 << 16) > 1:
         return f"{answered} requests were answered by it, and {ring.used} by the queue: it is another one's, or old"
-    # Slices and not descriptor by descriptor: a pause of the disk waits for this.
-    end = _HEADER.size + _DESCRIPTORS * _DESCRIPTOR_SIZE
-    if any(data[_HEADER.size + queue_size * _DESCRIPTOR_SIZE:]):
+    # Whole slices, compared at once: a pause of the disk waits for this.
+    begin, end = _HEADER.size, _HEADER.size + _DESCRIPTORS * _DESCRIPTOR_SIZE
+    if not _is_zero(data[begin + queue_size * _DESCRIPTOR_SIZE:]):
         return "descriptors are in use that our queue has not"
-    if not set(data[_HEADER.size:end:_DESCRIPTOR_SIZE]) <= {0, 1}:
+    if data[begin:end:_DESCRIPTOR_SIZE].translate(None, b"\0\1"):
         return "its descriptors are damaged"
-    if any(any(data[_HEADER.size + never:end:_DESCRIPTOR_SIZE]) for never in _NEVER_SET):
+    if not all(_is_zero(data[begin + never:end:_DESCRIPTOR_SIZE]) for never in _NEVER_SET):
         return "its descriptors are damaged"
     return ""
+
+
+def _is_zero(data: bytes) -> bool:
+    return data == bytes(len(data))
 
 
 def _inode(path: str) -> tuple[int, int] | None:

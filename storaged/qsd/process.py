@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
 import subprocess
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import protection
@@ -41,9 +43,11 @@ def find_binary(binary: str) -> str:
 
 def spawn(
     binary: str, directory: str, listener: socket.socket, keep: Sequence[int],
-    further: Mapping[str, str] | None = None,
+    further: Mapping[str, str] | None = None, *, objects: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[int, int]:
-    """Start QSD with nothing but its QMP monitor on ``listener`` and return its pid and a pidfd.
+    """Start QSD with nothing but ``objects`` and its QMP monitor on ``listener``, and return its pid and a pidfd.
+
+    Each of the ``objects`` is what object-add takes. Everybody can read them: no secrets.
 
     The first client must be in the backlog of ``listener`` already: QSD waits for it, so that nobody has to wait
     for a file to appear. The descriptors ``keep`` (source locks, claims) are inherited and live as long as the
@@ -60,6 +64,7 @@ def spawn(
             child = subprocess.Popen(
                 [
                     binary,
+                    *(word for one in objects for word in ("--object", json.dumps(one))),
                     # wait=on: QSD accepts the client that is in the backlog already before it makes its
                     # monitor. With wait=off, its main thread and its monitor thread now and then read the
                     # same connection at once, and a byte of a command is lost (docs/architecture.md).

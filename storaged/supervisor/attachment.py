@@ -21,15 +21,21 @@ class Attachment(Holding):
 
     async def observe(self) -> Observed:
         """Look at the process, at QMP, and at the host's side."""
+        told, self.told = self.told, None
         if self.connection_lost:
             self.connection_lost = False
             if self.record is not None and self.record.served_by is not None:
                 await self.note(served_by=None)
-        await self._note_unrecorded_device()
-        await self._note_freed_devices()
+        if told is None:
+            await self._note_unrecorded_device()
+            await self._note_freed_devices()
         qsd, opened, export = Qsd.NONE, False, False
         asked = time.monotonic()
-        if self.qsd.alive:
+        if self.qsd.alive and told is not None:
+            # I/O may wait for this: what was looked at before the step is not looked at again.
+            qsd, opened, export = Qsd.RUNNING, told.opened, told.exported
+            await self.qsd.note_answer(None)
+        elif self.qsd.alive:
             try:
                 self.qsd.refuse_silent()
                 session = await self.qsd.session()
@@ -222,6 +228,7 @@ class Attachment(Holding):
             case Step.STOP:
                 await leaving.stop(self, timeout, force=force)
             case Step.REMOVE:
+                await self.wait_for_writing()
                 await self.blocking("remove the volume's directory", timeout, leaving.remove, self)
 
     async def resize(self, size: int, timeout: float) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 
 import msgspec
 
@@ -21,6 +22,14 @@ from storaged.supervisor import launch, opening
 from storaged.supervisor.environment import Environment
 from storaged.transports import TRANSPORTS
 from storaged.transports.base import Site, Transport
+
+
+@dataclass(frozen=True)
+class Told:
+    """What QSD has answered to a step. Nobody else talks to it, so the next look need not ask for the same."""
+
+    opened: bool
+    exported: bool
 
 
 class Holding:
@@ -42,12 +51,15 @@ class Holding:
         self.opening: opening.Opening | None = None
         self.exports = False
         """QSD had an export at the last look."""
+        self.told: Told | None = None
+        """Of the step just done, until it is looked at."""
         self.half_open = False
         """QSD was told to open the source, and it is not known what became of that."""
         self.connection_lost = False
         self.stalled = False
         """Requests of the device are in flight and none ends, as far as is known: nothing may wait for them."""
         self._wake = wake
+        self._writing: asyncio.Task[None] | None = None
         self._protecting: asyncio.Task[None] | None = None
         self._protected: ProcessIdentity | None = None
 
@@ -68,9 +80,36 @@ class Holding:
         return self.record
 
     async def note(self, **changes: object) -> None:
-        """Change the record, in memory and on the disk."""
+        """Change the record, in memory and on the disk. Raises what it cannot be written for."""
+        self.note_meanwhile(**changes)
+        await self.written()
+
+    def note_meanwhile(self, **changes: object) -> None:
+        """Change the record in memory at once, and on the disk while other things are done, until :meth:`written`."""
         self.record = msgspec.structs.replace(self.known(), **changes)
-        await self.blocking("write the record", 10, launch.write_record, self.directory, self.record)
+        self._begin_writing()
+
+    async def written(self) -> None:
+        """The record is on the disk as it is known here. Raises what it cannot be written for."""
+        if self._writing is not None and self._writing.done() and _has_failed(self._writing):
+            self._begin_writing()
+        if self._writing is not None:
+            await asyncio.shield(self._writing)
+
+    async def wait_for_writing(self) -> None:
+        """The record is not being written any more, whatever became of that."""
+        if self._writing is not None:
+            await asyncio.wait({self._writing})
+
+    def _begin_writing(self) -> None:
+        self._writing = asyncio.create_task(self._write(self._writing))
+        # Who needs it on the disk asks; nobody else is to be told.
+        self._writing.add_done_callback(_has_failed)
+
+    async def _write(self, former: asyncio.Task[None] | None) -> None:
+        if former is not None:
+            await asyncio.wait({former})
+        await self.blocking("write the record", 10, launch.write_record, self.directory, self.known())
 
     def protect(self) -> None:
         """Keep the present QSD in memory, unless that is done. Nobody waits for it."""
@@ -126,3 +165,7 @@ class Holding:
             yield
         finally:
             locks.let_go(held)
+
+
+def _has_failed(task: asyncio.Task[None]) -> bool:
+    return task.cancelled() or task.exception() is not None

@@ -131,7 +131,8 @@ def _run(
     with bind_unix(qmp_socket(directory), mode=0o600) as listener:
         # In the backlog before QSD is there: it is served as soon as its main loop runs.
         monitor = connect_unix(qmp_socket(directory))
-        pid, pidfd = spawn(record.binary, directory, listener, held, further)
+        objects = TRANSPORTS[record.transport].objects(record)
+        pid, pidfd = spawn(record.binary, directory, listener, held, further, objects=objects)
     environment.fault("start: spawned")
     return Started(wanted, record, monitor, pid, pidfd)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import os
@@ -12,7 +13,7 @@ from storaged.host import disk, process
 from storaged.model import blockdev
 from storaged.qsd.session import Session
 from storaged.supervisor import launch, opening, remoteheader
-from storaged.supervisor.holding import Holding
+from storaged.supervisor.holding import Holding, Told
 from storaged.supervisor.snapshot import open_snapshot
 
 log = logging.getLogger("storaged.serving")
@@ -20,6 +21,7 @@ log = logging.getLogger("storaged.serving")
 
 async def start(held: Holding, timeout: float) -> None:
     """Start QSD with a monitor only, from the record if there is one. Raises what ``launch.launch`` raises."""
+    await held.wait_for_writing()
     given_up, former = threading.Event(), held.record
 
     def work() -> launch.Started:
@@ -33,6 +35,7 @@ async def start(held: Holding, timeout: float) -> None:
         given_up.set()
         raise
     await _greet(held, started, timeout)
+    held.told = Told(opened=False, exported=False)
 
 
 async def start_rescue(held: Holding, timeout: float) -> None:
@@ -43,6 +46,8 @@ async def start_rescue(held: Holding, timeout: float) -> None:
             cause="its record is lost, and nothing serves it: what its server must be like is not known",
             hint="its I/O waits until the host is rebooted; nothing else of the host is concerned",
         )
+
+    await held.wait_for_writing()
 
     def work() -> launch.Started:
         return launch.launch_rescue(held.known(), held.site, held.environment)
@@ -81,7 +86,7 @@ async def _greet(held: Holding, started: launch.Started, timeout: float) -> None
     held.opening, held.record, held.half_open = started.opening, started.record, False
     session = await held.qsd.greet(started.pidfd, started.monitor, timeout=timeout)
     # Only now it is surely itself: qsd.binary may be a script that executes the real one.
-    await held.note(process=process.identify(started.pid), qsd_version=session.version)
+    held.note_meanwhile(process=process.identify(started.pid), qsd_version=session.version)
 
 
 async def open_source(held: Holding, timeout: float) -> None:
@@ -93,6 +98,7 @@ async def open_source(held: Holding, timeout: float) -> None:
     held.half_open = True
     try:
         await _open(held, held.opening, timeout)
+        held.told = Told(opened=True, exported=False)
     except StoragedError as error:
         # What was opened half way serves nobody, and would be in the way of the next try.
         if error.code is not ErrorCode.QSD_DIED:
@@ -126,11 +132,9 @@ async def _open(held: Holding, wanted: opening.Opening, timeout: float) -> None:
     if wanted.source is not None:
         await session.execute("blockdev-add", wanted.source, timeout=timeout)
         await remoteheader.check(held, session, spec.format, timeout)
-    await session.execute("blockdev-add", wanted.node, timeout=timeout)
-    held.environment.fault("open: added")
-    pid = held.known().process
-    as_wanted = pid is not None and await held.source_calls(
-        "look at what QSD opened", timeout, opening.opened_as_wanted, wanted, pid.pid
+    # QSD answers in the order in which it is asked: the question for the nodes goes right behind.
+    as_wanted, sizes = await asyncio.gather(
+        _add_and_look(held, session, wanted, timeout), session.node_names(timeout=timeout)
     )
     if not as_wanted:
         raise StoragedError(
@@ -140,11 +144,12 @@ async def _open(held: Holding, wanted: opening.Opening, timeout: float) -> None:
     if spec.snapshot:
         fingerprint = wanted.fingerprint
         if wanted.remote:
-            fingerprint = [[0, (await session.node_names())[blockdev.BASE], 0]]
+            fingerprint = [[0, sizes[blockdev.BASE], 0]]
         await open_snapshot(
             spec, fingerprint, str(held.known().overlay), session, held.environment, held.source_calls, timeout
         )
-    size = (await session.node_names())[blockdev.DISK]
+        sizes = await session.node_names()
+    size = sizes[blockdev.DISK]
     if size == 0 or size % spec.logical_block_size:
         raise StoragedError(
             ErrorCode.INVALID_SIZE, f"the disk has {size} bytes",
@@ -164,10 +169,21 @@ async def _open(held: Holding, wanted: opening.Opening, timeout: float) -> None:
             ErrorCode.SOURCE_CHANGED, f"the disk has {size} bytes by now, its device {had}",
             hint="bring the old size back; or detach the volume (--force) and attach it again",
         )
-    if held.known().size and spec.writes_source and not spec.keeps_writes_in_memory:
+    owes_a_flush = held.known().size and spec.writes_source and not spec.keeps_writes_in_memory
+    # Once it is exported it may acknowledge writes: that it does waits for this to be on the disk.
+    held.note_meanwhile(size=size, settled=False)
+    if owes_a_flush:
         await _owe_a_flush(held, session, size, timeout)
-    # Once it is exported it may acknowledge writes.
-    await held.note(size=size, settled=False)
+
+
+async def _add_and_look(held: Holding, session: Session, wanted: opening.Opening, timeout: float) -> bool:
+    """Open the source, and say whether QSD has opened what was looked at before."""
+    await session.add_node(wanted.node, timeout=timeout)
+    held.environment.fault("open: added")
+    pid = held.known().process
+    return pid is not None and await held.source_calls(
+        "look at what QSD opened", timeout, opening.opened_as_wanted, wanted, pid.pid
+    )
 
 
 async def _owe_a_flush(held: Holding, session: Session, size: int, timeout: float) -> None:
@@ -201,4 +217,5 @@ async def export(held: Holding, timeout: float) -> None:
     options = held.transport.export(held.site, record)
     if record.spec.options.get("cache") in ("writethrough", "directsync"):
         options["writethrough"] = True
+    await held.written()
     await session.add_export(options, timeout=timeout)

@@ -105,8 +105,11 @@ class Transport(Protocol):
     def refuse_foreign(self, site: Site) -> None:
         """Raise NAME_TAKEN where the host has a device of this volume's name that this daemon did not make."""
 
+    def objects(self, record: Record) -> list[dict[str, Any]]:
+        """Return what QSD is started with (arguments of object-add): iothreads."""
+
     def setup(self, site: Site, record: Record) -> list[tuple[str, dict[str, Any]]]:
-        """Return the QMP commands, once for each QSD, that come before the export: iothreads, servers."""
+        """Return the QMP commands, once for each QSD, that come before the export: servers."""
 
     def export(self, site: Site, record: Record) -> dict[str, Any]:
         """Return the arguments of block-export-add (BlockExportOptions in QEMU's qapi/block-export.json)."""
@@ -150,9 +153,9 @@ class Transport(Protocol):
 
 #: Seconds that a forced detach waits for written data to reach the image.
 _FORCED_FLUSH = 5.0
-#: The I/O thread of an export, and the QMP command that makes it.
+#: The I/O thread of an export, and the object that it is.
 IOTHREAD = "io"
-ADD_IOTHREAD: tuple[str, dict[str, Any]] = ("object-add", {"qom-type": "iothread", "id": IOTHREAD})
+IOTHREAD_OBJECT: dict[str, Any] = {"qom-type": "iothread", "id": IOTHREAD}
 
 
 class HostDevice:
@@ -174,6 +177,10 @@ class HostDevice:
 
     def refuse_foreign(self, site: Site) -> None:
         """Nobody else can have made it."""
+
+    def objects(self, record: Record) -> list[dict[str, Any]]:
+        """Nothing."""
+        return []
 
     def setup(self, site: Site, record: Record) -> list[tuple[str, dict[str, Any]]]:
         """Nothing."""

@@ -25,7 +25,7 @@ from storaged.model.plan import Device
 from storaged.model.record import Record
 from storaged.model.spec import VolumeSpec
 from storaged.qsd.version import Build
-from storaged.transports.base import ADD_IOTHREAD, IOTHREAD, Availability, Connected, HostDevice, Seen, Site
+from storaged.transports.base import IOTHREAD, IOTHREAD_OBJECT, Availability, Connected, HostDevice, Seen, Site
 from storaged.transports.needs import check_family, lacking, load_modules
 from storaged.transports.options import Number, number
 
@@ -100,11 +100,13 @@ class NbdTransport(HostDevice):
                 users=users,
             )
 
+    def objects(self, record: Record) -> list[dict[str, Any]]:
+        """A thread for the I/O, where that is safe."""
+        return [IOTHREAD_OBJECT] if record.settings["iothread"] else []
+
     def setup(self, site: Site, record: Record) -> list[tuple[str, dict[str, Any]]]:
-        """The server, in the volume's directory (QSD's working directory: its path may be too long), and a thread."""
-        server = {"addr": {"type": "unix", "data": {"path": NBD_SOCKET}}}
-        threads = [ADD_IOTHREAD] if record.settings["iothread"] else []
-        return [*threads, ("nbd-server-start", server)]
+        """The server, in the volume's directory (QSD's working directory: its path may be too long)."""
+        return [("nbd-server-start", {"addr": {"type": "unix", "data": {"path": NBD_SOCKET}}})]
 
     def export(self, site: Site, record: Record) -> dict[str, Any]:
         """BlockExportOptionsNbd."""

@@ -21,7 +21,7 @@ from storaged.model.plan import Device
 from storaged.model.record import Record
 from storaged.model.spec import VolumeSpec
 from storaged.qsd.version import Build
-from storaged.transports.base import ADD_IOTHREAD, IOTHREAD, Availability, Connected, HostDevice, Seen, Site
+from storaged.transports.base import IOTHREAD, IOTHREAD_OBJECT, Availability, Connected, HostDevice, Seen, Site
 from storaged.transports.needs import check_family, lacking, load_modules
 from storaged.transports.options import Number, number
 
@@ -105,9 +105,9 @@ class VduseTransport(HostDevice):
             )
         vduse.destroy(site.bus_name)
 
-    def setup(self, site: Site, record: Record) -> list[tuple[str, dict[str, Any]]]:
+    def objects(self, record: Record) -> list[dict[str, Any]]:
         """A thread for the I/O, so that QMP answers whatever the storage does."""
-        return [ADD_IOTHREAD]
+        return [IOTHREAD_OBJECT]
 
     def export(self, site: Site, record: Record) -> dict[str, Any]:
         """BlockExportOptionsVduseBlk."""

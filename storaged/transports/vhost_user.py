@@ -23,7 +23,7 @@ from storaged.model.plan import Device
 from storaged.model.record import Record
 from storaged.model.spec import VolumeSpec
 from storaged.qsd.version import Build
-from storaged.transports.base import ADD_IOTHREAD, IOTHREAD, Availability, Connected, Seen, Site
+from storaged.transports.base import IOTHREAD, IOTHREAD_OBJECT, Availability, Connected, Seen, Site
 from storaged.transports.options import Number, number
 
 _QUEUES = Number("virtqueues", 1, 256)
@@ -80,9 +80,13 @@ class VhostUserTransport:
                 hint="choose a shorter name, or a shorter --root for the daemon",
             )
 
-    def setup(self, site: Site, record: Record) -> list[tuple[str, dict[str, Any]]]:
+    def objects(self, record: Record) -> list[dict[str, Any]]:
         """A thread for the I/O."""
-        return [ADD_IOTHREAD]
+        return [IOTHREAD_OBJECT]
+
+    def setup(self, site: Site, record: Record) -> list[tuple[str, dict[str, Any]]]:
+        """Nothing."""
+        return []
 
     def export(self, site: Site, record: Record) -> dict[str, Any]:
         """BlockExportOptionsVhostUserBlk."""
