@@ -1,7 +1,7 @@
-"""QEMU's ``http``, ``https``, ``ftp`` and ``ftps`` drivers: a file of a server, only to be read. block/curl.c in QEMU.
+"""``http``, ``https``, ``ftp`` and ``ftps``: a file of a server, only to be read. block/curl.c in QEMU.
 
-They hand the URL to libcurl as it is. What libcurl would read in another way than the user, or leave out without a
-word (``#…``, the ``?…`` of FTP, ``/../``), is refused; what is left is handed on byte for byte.
+QEMU's drivers hand the URL to libcurl as it is. What libcurl would read in another way than the user, or leave out
+without a word (``#…``, the ``?…`` of FTP, ``/../``), is refused; what is left is handed on byte for byte.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import NoReturn
 from urllib.parse import unquote, unquote_to_bytes
 
-from storaged.backends.base import NetworkDefaults, Node, Requirements, Secret
+from storaged.backends.base import NO_REQUIREMENTS, NetworkDefaults, Node, Requirements, Secret
 from storaged.backends.cache import cache_flags
+from storaged.backends.fetched import SIZE_HELP, copy_node, size_of
 from storaged.backends.uri import authority_of, escaped, refuse
 from storaged.backends.values import check_choices, check_numbers
 from storaged.errors import ErrorCode, StoragedError
@@ -31,8 +32,10 @@ _OPTIONS = {
     "password-file": "where the user's password comes from: a file, credential:NAME, or - (standard input)",
     "request-timeout": "seconds until a request that is not done fails, and until opening is given up, "
     f"1 to {_LONGEST_TIMEOUT}; default 20",
-    "read-ahead": "what is fetched with each request beyond what was asked for, 0 to 64M, a multiple of 512; "
-    "default 256K",
+    "fetch": "parts: as they are read; whole: the file is fetched first, and served from the copy; default parts",
+    "size": f"with fetch=whole: {SIZE_HELP}",
+    "read-ahead": "with fetch=parts: how much is fetched with each request beyond what was asked for, 0 to 64M, a "
+    "multiple of 512; default 256K",
 }
 _OF_HTTP = {
     "cookie-file": "where the value of the header Cookie comes from: a file, credential:NAME, or - (standard input)",
@@ -42,8 +45,8 @@ _OF_HTTP = {
     "proxy-password-file": "where the password there comes from: a file, credential:NAME, or - (standard input)",
 }
 _OF_TLS = {"tls-verify": "on, or off: whoever answers is taken for the server; default on"}
-_DEFAULTS = {"request-timeout": "20", "read-ahead": "256K", "query": "secret", "tls-verify": "on"}
-_CHOICES = {"query": ("secret", "public"), "tls-verify": ("on", "off")}
+_DEFAULTS = {"request-timeout": "20", "read-ahead": "256K", "query": "secret", "tls-verify": "on", "fetch": "parts"}
+_CHOICES = {"query": ("secret", "public"), "tls-verify": ("on", "off"), "fetch": ("parts", "whole")}
 #: Option -> member of the node, id of the secret.
 _SECRETS = {
     "password-file": ("password-secret", "password"),
@@ -112,6 +115,11 @@ class CurlBackend(NetworkDefaults):
         check_choices(options, _CHOICES)
         check_numbers(options, {"request-timeout": (1, _LONGEST_TIMEOUT)})
         _check_proxy(options)
+        size_of(options)
+        if "size" in options and not self.is_fetched(options):
+            raise StoragedError(
+                ErrorCode.INVALID_ARGUMENT, "option size means nothing without fetch=whole", hint="leave it out"
+            )
         text = options.get("read-ahead", "0")
         try:
             size = parse_size(text) if text != "0" else 0
@@ -125,6 +133,8 @@ class CurlBackend(NetworkDefaults):
 
     def node(self, location: str, *, read_only: bool, options: Mapping[str, str]) -> Node:
         """BlockdevOptionsCurlBase, and what the scheme has beyond. QEMU refuses one that is not read-only."""
+        if self.is_fetched(options):
+            return copy_node(read_only=read_only, options=options)
         url = self._read(location, options)
         said = {**self.defaults, **options}
         node: Node = {
@@ -155,6 +165,8 @@ class CurlBackend(NetworkDefaults):
 
     def requirements(self, location: str, options: Mapping[str, str]) -> Requirements:
         """Passwords and the cookie. Of a proxy libcurl knows by its environment alone; QSD's names none by itself."""
+        if self.is_fetched(options):
+            return NO_REQUIREMENTS
         # Of FTP nothing goes through: there a proxy that ignores ranges would not be noticed.
         environment = {f"{scheme}_proxy": options["proxy"] for scheme in ("http", "https") if "proxy" in options}
         return Requirements(secrets=self._secrets(options), environment=environment)
@@ -165,6 +177,31 @@ class CurlBackend(NetworkDefaults):
         With the user: whose it is decides which file an FTP server shows.
         """
         return _ESCAPE.sub(_normal_escape, location)
+
+    def is_fetched(self, options: Mapping[str, str]) -> bool:
+        """Whether the user wants it."""
+        return options.get("fetch") == "whole"
+
+    def fetch_options(self, location: str, options: Mapping[str, str], secrets: Mapping[str, str]) -> dict[str, str]:
+        """Return what libcurl would be told by QEMU."""
+        for option, secret in secrets.items():
+            if _CONTROL.search(secret) or (option == "cookie-file" and "=" not in secret):
+                raise StoragedError(
+                    ErrorCode.INVALID_ARGUMENT, f"the secret of option {option} cannot be sent",
+                    cause="it holds a control character, or it is a cookie without a =", hint="check what it says",
+                )
+        url = self._read(location, options)
+        user, password = escaped(url.user, safe=""), escaped(secrets.get("password-file", ""), safe="")
+        start = f"{self.name}://"
+        found = {"url": url.plain.replace(start, f"{start}{user}:{password}@", 1) if user else url.plain}
+        if "cookie-file" in secrets:
+            found["cookie"] = secrets["cookie-file"]
+        found |= {"proxy": options["proxy"]} if "proxy" in options else {"noproxy": "*"}
+        if "proxy-user" in options:
+            found["proxy-user"] = f"{options['proxy-user']}:{secrets.get('proxy-password-file', '')}"
+        if options.get("tls-verify") == "off":
+            found["insecure"] = ""
+        return found
 
     def _secrets(self, options: Mapping[str, str]) -> tuple[Secret, ...]:
         return tuple(Secret(_SECRETS[key][1], key) for key in self.secret_options if key in options)

@@ -30,7 +30,7 @@ ENCRYPTIONS = ("luks", "luks2")
 #: The ids of the secrets.
 CEPHX_KEY = "cephx-key"
 PASSPHRASE = "rbd-passphrase"
-#: Ports of monitors: msgr2, and the protocol before it. Without a port Ceph tries both (MonMap::init_with_addrs).
+#: Ports of monitors: msgr2, and the protocol before it. Without a port Ceph tries both (MonMap::_add_ambiguous_addr).
 _PORTS = {"v2": 3300, "v1": 6789}
 
 #: The cache modes in which a flush of the user reaches librbd: the others must not have its cache.

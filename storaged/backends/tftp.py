@@ -1,8 +1,6 @@
 """``tftp``: a file of a TFTP server (RFC 1350), fetched whole and served from the copy.
 
-QEMU has no driver of that name any more; TFTP cannot read in the middle of a file. So the node is QEMU's
-``file``, and whoever opens it fetches the file first (storaged/host/download.py), and puts the copy's path in the
-place of ``COPY``.
+QEMU has no driver of that name any more: TFTP cannot read in the middle of a file. The node is QEMU's ``file``.
 """
 
 from __future__ import annotations
@@ -11,17 +9,13 @@ import re
 from collections.abc import Callable, Mapping
 
 from storaged.backends.base import NetworkDefaults, Node
-from storaged.backends.cache import cache_flags
+from storaged.backends.fetched import SIZE_HELP, copy_node, size_of
 from storaged.backends.uri import authority_of, escaped, refuse, unescaped
 from storaged.backends.values import check_numbers
-from storaged.errors import ErrorCode, StoragedError
-from storaged.model.sizes import parse_size
 
-#: The name that the node has for the copy.
-COPY = "copy"
 DEFAULT_PORT = 69
 _LONGEST_STALL = 3600
-_DEFAULT_STALL = 20
+DEFAULT_STALL = 20
 #: A request is one packet of 512 bytes at most, and has more in it than the name (RFC 1350, 2347).
 _LONGEST_PATH = 400
 _FORM = "write tftp://HOST[:PORT]/PATH"
@@ -36,10 +30,10 @@ class TftpBackend(NetworkDefaults):
     read_only = True
     options: Mapping[str, str] = {
         "request-timeout": "seconds without an answer until the server is given up, "
-        f"1 to {_LONGEST_STALL}; default {_DEFAULT_STALL}",
-        "size": "how large the file is; needed where the server does not tell, and else compared with what it tells",
+        f"1 to {_LONGEST_STALL}; default {DEFAULT_STALL}",
+        "size": SIZE_HELP,
     }
-    defaults: Mapping[str, str] = {"request-timeout": str(_DEFAULT_STALL)}
+    defaults: Mapping[str, str] = {"request-timeout": str(DEFAULT_STALL)}
 
     def parse(self, source: str, options: Mapping[str, str]) -> str:
         """Return the file as a URL with host and path, and a port that is not the usual one. Raises INVALID_SOURCE."""
@@ -65,34 +59,23 @@ class TftpBackend(NetworkDefaults):
     def check_options(self, options: Mapping[str, str]) -> None:
         """Raise INVALID_ARGUMENT where one has a value that it cannot have."""
         check_numbers(options, {"request-timeout": (1, _LONGEST_STALL)})
-        try:
-            size_of(options)
-        except StoragedError as error:
-            raise StoragedError(
-                ErrorCode.INVALID_ARGUMENT, f"option size={options['size']!r} is no size",
-                hint="write bytes, or a number with K, M, G, T or P",
-            ) from error
+        size_of(options)
 
     def node(self, location: str, *, read_only: bool, options: Mapping[str, str]) -> Node:
-        """BlockdevOptionsFile of the copy, which nobody ever writes to."""
-        return {
-            "driver": "file", "filename": COPY, "read-only": read_only, "discard": "unmap",
-            "cache": cache_flags(options),
-        }
+        """The copy's."""
+        return copy_node(read_only=read_only, options=options)
+
+    def is_fetched(self, options: Mapping[str, str]) -> bool:
+        """Always."""
+        return True
+
+    def fetch_options(self, location: str, options: Mapping[str, str], secrets: Mapping[str, str]) -> dict[str, str]:
+        """None beyond the URL."""
+        return {}
 
     def identity(self, location: str, real_path: Callable[[str], str]) -> str:
         """The location."""
         return location
-
-
-def size_of(options: Mapping[str, str]) -> int | None:
-    """How large the file is by what the user said, in bytes. Raises INVALID_SIZE."""
-    return parse_size(options["size"]) if "size" in options else None
-
-
-def stall_of(options: Mapping[str, str]) -> float:
-    """Seconds without an answer until the server is given up."""
-    return float(options.get("request-timeout", _DEFAULT_STALL))
 
 
 BACKEND = TftpBackend()

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 from storaged.backends.base import NetworkDefaults, Node
-from storaged.backends.cache import cache_flags
 from storaged.backends.uri import port_of, refuse
 from storaged.errors import ErrorCode, StoragedError
 from storaged.model.sizes import MAX_SIZE, parse_size
@@ -58,6 +57,8 @@ class VitastorBackend(NetworkDefaults):
     name = "vitastor"
     schemes = ("vitastor",)
     example = "vitastor:image=NAME"
+    #: With client_enable_writeback, which nobody here sees.
+    caches_writes = True
     options: Mapping[str, str] = {
         "image": "the image's name, where the source does not say it; image@snapshot can only be read",
         "pool": "the number of the pool, where no image is named",
@@ -80,7 +81,7 @@ class VitastorBackend(NetworkDefaults):
 
     def node(self, location: str, *, read_only: bool, options: Mapping[str, str]) -> Node:
         """BlockdevOptionsVitastor. Raises INVALID_ARGUMENT, UNSUPPORTED."""
-        values = _read(location, {})
+        values, cache = _read(location, {}), options.get("cache", "none")
         # vitastor-cli makes a name with an @ for a snapshot, and for nothing else (src/cmd/cli_create.cpp). Opened for
         # writing, it would end every write with EPERM.
         if "@" in values.get("image", "") and not read_only:
@@ -108,10 +109,9 @@ class VitastorBackend(NetworkDefaults):
             **{key: int(value) if key in numbers else value for key, value in said.items()},
             "read-only": read_only,
             "discard": "unmap",
-            # To the driver "direct" says one thing: no writes may wait in QSD's memory until a flush, whatever
-            # client_enable_writeback of the cluster says. With QSD they would be gone, and its successor would not
-            # know: the next flush would succeed.
-            "cache": {**cache_flags(options), "direct": True},
+            # To the driver "direct" says one thing: that no acknowledged writes may wait in QSD's memory for a flush,
+            # which they do otherwise where the cluster has client_enable_writeback.
+            "cache": {"direct": cache != "writeback", "no-flush": cache == "unsafe"},
         }
 
     def identity(self, location: str, real_path: Callable[[str], str]) -> str:

@@ -13,6 +13,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Self
 
 import msgspec
@@ -24,25 +25,53 @@ _PART = ".part"
 _MARK = ".json"
 #: Seconds between two looks at how far it is.
 _LOOK = 0.1
-#: Bytes in a packet (RFC 2348), such that it fits into one frame of Ethernet. A server that does not know the option
-#: sends 512.
+#: Bytes in a packet of TFTP (RFC 2348), such that it fits into one frame of Ethernet. A server that does not know
+#: the option sends 512.
 _BLOCK = 1428
-#: What curl -v says of the option tsize (RFC 2349), by which the server tells the size: lib/tftp.c in curl.
-_SIZE = re.compile(rb"tsize parsed from OACK \(([0-9]+)\)")
-#: Of curl's words, which end in what went wrong (bytes).
+#: What curl -v says of the size: of TFTP (the option tsize, RFC 2349), FTP (SIZE), and HTTP, of whose answers the
+#: last counts. lib/tftp.c and lib/ftp.c in curl.
+_SIZE = re.compile(
+    rb"^(?:\* tsize parsed from OACK \(([0-9]+)\)|\* Getting file with size: ([0-9]+)"
+    rb"|< content-length: ([0-9]+)|(< HTTP/))",
+    re.MULTILINE | re.IGNORECASE,
+)
+#: Of curl's words, of which the last tell what went wrong (bytes).
 _LONGEST_TALK = 64 * 1024
+#: To where a server may send us on, and where it may not: to files of this host.
+_PROTOCOLS = "=http,https,ftp,ftps,tftp"
 
-#: curl's exit status (curl(1)) -> code, message, hint. Its words say less: they name the first thing that was odd.
+_REFUSED = (
+    ErrorCode.OPEN_FAILED, "the server refuses us",
+    "check -o user and -o password-file, with HTTP -o cookie-file, with a proxy -o proxy-password-file",
+)
+_MISSING = (ErrorCode.SOURCE_MISSING, "the server has no such file", "check the path, and the server's directory")
+_NO_TLS = (
+    ErrorCode.OPEN_FAILED, "the server speaks no TLS on that port, or another one than we",
+    "check the port; ftps:// is TLS from the first byte on, usually on port 990",
+)
+_CUT = (ErrorCode.OPEN_FAILED, "the source was not fetched whole", "try again; the server's log may tell more")
+#: curl's exit status (curl(1)) -> code, message, hint.
 _FAILURES = {
     6: (ErrorCode.OPEN_FAILED, "the host's name is not known", "check the name, and this host's DNS and /etc/hosts"),
-    7: (ErrorCode.OPEN_FAILED, "the server cannot be reached", "start the server; check host and port"),
+    7: (ErrorCode.OPEN_FAILED, "nobody listens there", "start the server; check host, port and routes"),
+    9: _REFUSED, 18: _CUT, 19: _MISSING,
+    22: (ErrorCode.OPEN_FAILED, "the server answers with an error", "look at its log"),
     23: (ErrorCode.NO_SPACE, "there is no room for the copy", "make room on that filesystem"),
     28: (ErrorCode.OPEN_FAILED, "the server does not answer", "start the server; check host, port and firewalls"),
-    68: (ErrorCode.SOURCE_MISSING, "the server has no such file", "check the path, and the server's directory"),
+    35: _NO_TLS, 52: _CUT, 56: _CUT,
+    60: (
+        ErrorCode.OPEN_FAILED, "the server's certificate is not to be trusted",
+        "add its CA (/usr/local/share/ca-certificates/X.crt, update-ca-certificates), name the host as the certificate "
+        "does, or say -o tls-verify=off, if nobody can stand in its place",
+    ),
+    67: _REFUSED, 68: _MISSING,
     69: (ErrorCode.OPEN_FAILED, "the server refuses to send the file", "check its permissions, and the server's log"),
     71: (ErrorCode.OPEN_FAILED, "the server does not understand the request", "see its log"),
     72: (ErrorCode.OPEN_FAILED, "somebody else answers in the server's place", "check the network; try again"),
+    78: _MISSING,
 }
+#: Of those that mean nothing but an HTTP status.
+_STATUS = {"401": _REFUSED, "403": _REFUSED, "407": _REFUSED, "404": _MISSING, "410": _MISSING}
 
 
 class Mark(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -52,21 +81,35 @@ class Mark(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     size: int
 
 
-def fetch(
-    url: str, path: str, *, deadline: float, progress: Callable[[int, int | None], None], stop: threading.Event,
-    stall: float = 20.0, size: int | None = None,
-) -> int:
-    """Fetch ``url`` (tftp://…) to ``path``, and return the size in bytes. A copy that is there is taken as it is.
+@dataclass(frozen=True)
+class Request:
+    """What to fetch, and how."""
 
-    ``deadline`` is of time.monotonic(); ``stall`` is how many seconds nothing may come; ``size`` what the user knows
-    of it. ``progress`` is told what has come and how much there is, if that is known. ``stop`` ends it. Where it
-    fails, nothing new is left.
+    url: str
+    """What it is a copy of, to be shown; without secrets."""
+    options: dict[str, str] = field(default_factory=dict)
+    """Long options of curl(1), which may hold secrets: ``url``, where the one to use has a password; an empty text
+    for an option that takes none. No value has a line end."""
+    stall: float = 20.0
+    """How many seconds nothing may come."""
+    size: int | None = None
+    """What the user knows of its size, in bytes."""
+
+
+def fetch(
+    request: Request, path: str, *, deadline: float, progress: Callable[[int, int | None], None],
+    stop: threading.Event,
+) -> int:
+    """Fetch a file to ``path``, and return its size in bytes. A copy that is there is taken as it is.
+
+    ``deadline`` is of time.monotonic(). ``progress`` is told how much has come, and how much there is if that is
+    known. ``stop`` ends it. Where it fails, nothing new is left.
 
     Raises SOURCE_CHANGED where what is at ``path`` is no copy of that; SOURCE_MISSING, OPEN_FAILED, NO_SPACE;
     UNSUPPORTED where nobody says how large the file is, because an end that came too early would look like any
     other; TIMEOUT, also when stopped.
     """
-    present = _present(url, path)
+    present = _present(request.url, path)
     if present is not None:
         return present
     try:
@@ -76,10 +119,10 @@ def fetch(
     except OSError as error:
         raise state_error(path + _PART, error) from error
     try:
-        with _Child(url, fd, deadline, stall) as child:
-            total = _follow(child, fd, deadline, progress, stop, stall, size)
+        with _Child(request, fd, deadline) as child:
+            total = _follow(child, fd, request, deadline, progress, stop)
         os.fsync(fd)
-        write_atomic(path + _MARK, msgspec.json.encode(Mark(url=url, size=total)))
+        write_atomic(path + _MARK, msgspec.json.encode(Mark(url=request.url, size=total)))
         os.rename(path + _PART, path)
         sync_directory(os.path.dirname(path))
     except BaseException as error:
@@ -125,34 +168,40 @@ def _present(url: str, path: str) -> int | None:
 
 
 class _Child:
-    """A curl that writes to a descriptor, in a session of its own."""
+    """A curl that writes to a descriptor, in a session of its own. What it shall do is no part of its command line."""
 
-    def __init__(self, url: str, fd: int, deadline: float, stall: float) -> None:
+    def __init__(self, request: Request, fd: int, deadline: float) -> None:
         left = max(1.0, deadline - time.monotonic())
-        command = [
-            # -q: no .curlrc; --globoff: brackets and braces are what they are.
-            "curl", "-q", "--globoff", "--silent", "--verbose", "--proto", "=tftp", "--noproxy", "*",
-            "--tftp-blksize", str(_BLOCK), "--connect-timeout", f"{min(stall, left):.3f}",
+        options = {
+            # Brackets and braces are what they are.
+            "globoff": "", "path-as-is": "", "silent": "", "show-error": "", "verbose": "", "fail": "", "location": "",
+            "proto": _PROTOCOLS, "proto-redir": _PROTOCOLS, "tftp-blksize": str(_BLOCK),
+            "connect-timeout": f"{min(request.stall, left):.3f}",
             # It ends even if nobody is there any more to end it.
-            "--max-time", f"{left:.3f}", "--", url,
-        ]
-        environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
+            "max-time": f"{left:.3f}",
+            "url": request.url, **request.options,
+        }
+        self._talk = self._words = b""
+        self.size: int | None = None
+        """What the server says, once it has."""
         try:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=fd, stderr=subprocess.PIPE, env=environment, cwd="/",
-                start_new_session=True,
+                # -q: no .curlrc; -K -: options from its standard input.
+                ["curl", "-q", "-K", "-"], stdin=subprocess.PIPE, stdout=fd, stderr=subprocess.PIPE, cwd="/",
+                env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}, start_new_session=True,
             )
         except OSError as error:
             raise StoragedError(
                 ErrorCode.UNSUPPORTED, "the program curl, which fetches the source, cannot be run",
                 cause=error.strerror or str(error), hint="apt install curl",
             ) from error
+        assert self._process.stdin is not None
         assert self._process.stderr is not None
         self._talk_fd = self._process.stderr.fileno()
         os.set_blocking(self._talk_fd, False)
-        self._talk = b""
-        self.size: int | None = None
-        """What the server says, once it has."""
+        # Less than a pipe takes, or else read by it at once.
+        with contextlib.suppress(BrokenPipeError), self._process.stdin as config:
+            config.write("".join(_config_line(key, value) for key, value in options.items()).encode())
 
     def poll(self, timeout: float) -> int | None:
         """Wait for its end, and return its exit status; None if it goes on."""
@@ -160,9 +209,13 @@ class _Child:
             self._process.wait(timeout)
         with contextlib.suppress(BlockingIOError):
             while data := os.read(self._talk_fd, 4096):
-                self._talk = (self._talk + data)[-_LONGEST_TALK:]
-        if self.size is None and (found := _SIZE.search(self._talk)):
-            self.size = int(found[1])
+                self._talk += data
+        lines, newline, rest = self._talk.rpartition(b"\n")
+        for found in _SIZE.finditer(lines + newline):
+            # An answer that is no file's (a redirection) has a size, too.
+            self.size = None if found[4] else int(found[1] or found[2] or found[3])
+        self._words = (self._words + lines + newline)[-_LONGEST_TALK:]
+        self._talk = rest[-_LONGEST_TALK:]
         return self._process.returncode
 
     def __enter__(self) -> Self:
@@ -175,27 +228,41 @@ class _Child:
                 self._process.kill()
 
     def failure(self, status: int) -> StoragedError:
-        """What an exit status means."""
-        lines = [line.strip("* ") for line in self._talk.decode(errors="replace").splitlines()]
-        words = [line for line in lines if line.startswith(("TFTP error", "Could not resolve", "Fail", "Received"))]
-        code, message, hint = _FAILURES.get(
-            status, (ErrorCode.OPEN_FAILED, "the source cannot be fetched", "try the same with curl by hand")
+        """What an exit status means. Of its words only those that hold no header: there are secrets in them."""
+        lines = (self._words + self._talk).decode(errors="replace").splitlines()
+        words = [line for line in lines if line.startswith(("curl: (", "* TFTP error"))]
+        known = _FAILURES.get(
+            status, (ErrorCode.OPEN_FAILED, "the source cannot be fetched", "the words are curl's; try it by hand")
         )
+        if status == 22 and (found := re.search(r"returned error: ([0-9]{3})", words[-1] if words else "")):
+            known = _STATUS.get(found[1], known)
+        code, message, hint = known
         return StoragedError(
-            code, message, cause=f"curl ended with status {status}" + (f": {words[-1]}" if words else ""), hint=hint
+            code, message, cause="; ".join(line.removeprefix("* ") for line in words) or f"curl ended with {status}",
+            hint=hint,
         )
+
+
+def _config_line(key: str, value: str) -> str:
+    if not value:
+        return f"{key}\n"
+    quoted = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'{key} = "{quoted}"\n'
 
 
 def _follow(
-    child: _Child, fd: int, deadline: float, progress: Callable[[int, int | None], None], stop: threading.Event,
-    stall: float, size: int | None,
+    child: _Child, fd: int, request: Request, deadline: float, progress: Callable[[int, int | None], None],
+    stop: threading.Event,
 ) -> int:
     """Watch it to its end, and return how much came: all of it."""
-    done, changed = -1, time.monotonic()
+    done, changed, size = -1, time.monotonic(), request.size
     while True:
-        status = child.poll(_LOOK)
-        total = child.size if child.size is not None else size
+        # What has come is looked at before curl's words are: they tell the size first.
         seen = os.fstat(fd).st_size
+        status = child.poll(_LOOK)
+        if status is not None:
+            seen = os.fstat(fd).st_size
+        total = child.size if child.size is not None else size
         now = time.monotonic()
         if seen != done:
             done, changed = seen, now
@@ -213,10 +280,10 @@ def _follow(
                 ErrorCode.TIMEOUT, "the source could not be fetched in time", cause=_how_far(done, total),
                 hint="say a longer --timeout, or fetch it by hand and attach the file",
             )
-        if now > changed + stall:
+        if now > changed + request.stall:
             raise StoragedError(
                 ErrorCode.OPEN_FAILED, "the server does not answer any more" if done else "the server does not answer",
-                cause=f"nothing came for {stall:g} seconds; {_how_far(done, total)}",
+                cause=f"nothing came for {request.stall:g} seconds; {_how_far(done, total)}",
                 hint="start the server; check host, port and firewalls",
             )
     if status != 0:
@@ -224,8 +291,8 @@ def _follow(
     if total is None:
         raise StoragedError(
             ErrorCode.UNSUPPORTED, "nobody knows whether the source was fetched whole",
-            cause=f"the server does not tell its size (the option tsize of RFC 2349); {done} bytes came",
-            hint="if you know how large it is, say -o size=BYTES; or use another server (tftpd-hpa tells)",
+            cause=f"the server does not tell its size; {done} bytes came",
+            hint="if you know how large it is, say -o size=BYTES (of TFTP servers, tftpd-hpa tells: RFC 2349)",
         )
     if done != total:
         raise _other_size(f"{done} bytes came", total)

@@ -38,6 +38,18 @@ def loop_direct_io_is_safe(version: QsdVersion) -> bool:
     return version.major >= 11
 
 
+def curl_loses_requests(version: QsdVersion) -> bool:
+    """Whether of several requests of http, https, ftp or ftps that end at once all but one wait for ever.
+
+    Measured with 7.2.22: reads of a device hang within a second (curl_multi_check_completion in block/curl.c leaves
+    its loop after the first). "block/curl: fix concurrent completion handling" is in 10.0.9 of the 10.0 series; which
+    release of 10.1 and 10.2 has it is not known.
+    """
+    if version[:2] == (10, 0):
+        return version.micro < 9
+    return version.major < 11
+
+
 def aborts_with_iothread(version: QsdVersion) -> bool:
     """Whether this QSD aborts when an I/O thread ends, which it does at ``quit``.
 

@@ -1,4 +1,4 @@
-"""Sources that are fetched whole before QSD opens them (storaged/backends/tftp.py). Blocks, use a thread.
+"""Sources that are fetched whole before QSD opens them (storaged/backends/fetched.py). Blocks, use a thread.
 
 The copy of a volume is NAME.raw in a directory of the daemon's state, which is no memory and outlives daemon and QSD.
 It is there until the volume is detached: an overlay of --snapshot belongs to just what was fetched, and a successor
@@ -13,21 +13,40 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from storaged.backends import find_backend, tftp
+from storaged.backends import find_backend
+from storaged.backends.curl import CurlBackend
+from storaged.backends.fetched import COPY, FetchedBackend, size_of
+from storaged.errors import ErrorCode, StoragedError
 from storaged.host import download
+from storaged.host import secrets as host_secrets
 from storaged.host.identity import file_identity
 from storaged.model.layout import Layout
 from storaged.model.spec import VolumeSpec
+from storaged.qsd.version import QsdVersion, curl_loses_requests
 from storaged.supervisor.opening import Opening
 
-_COPY = ".raw"
+_SUFFIX = ".raw"
 _MARK = ".raw.json"
 _PART = ".raw.part"
 
 
 def is_fetched(spec: VolumeSpec) -> bool:
     """Whether the source of a volume is fetched before it is opened."""
-    return find_backend(spec.source) is tftp.BACKEND
+    backend = find_backend(spec.source)
+    return isinstance(backend, FetchedBackend) and backend.is_fetched(spec.options)
+
+
+def check_program(spec: VolumeSpec, version: QsdVersion) -> None:
+    """Raise UNSUPPORTED where QSD would lose requests to the source, which then wait for ever."""
+    backend = find_backend(spec.source)
+    if not isinstance(backend, CurlBackend) or backend.is_fetched(spec.options) or not curl_loses_requests(version):
+        return
+    raise StoragedError(
+        ErrorCode.UNSUPPORTED, f"qemu-storage-daemon {version} cannot read from {backend.name} reliably",
+        cause="of requests that end at the same time it forgets all but one, and whoever reads waits for ever",
+        hint="say -o fetch=whole: the file is fetched first; or use QEMU 10.0.9 or newer (Debian 13), for this backend "
+        "alone by binaries in storaged.toml",
+    )
 
 
 def directory(layout: Layout) -> str:
@@ -37,14 +56,14 @@ def directory(layout: Layout) -> str:
 
 def path_of(layout: Layout, name: str) -> str:
     """The copy of a volume's source."""
-    return os.path.join(directory(layout), name + _COPY)
+    return os.path.join(directory(layout), name + _SUFFIX)
 
 
 def located(node: dict[str, Any], path: str) -> dict[str, Any]:
     """Return a tree of nodes with the path of the copy in it."""
     return {
         key: located(value, path) if isinstance(value, dict)
-        else path if (key, value) == ("filename", tftp.COPY) and node.get("driver") == "file"
+        else path if (key, value) == ("filename", COPY) and node.get("driver") == "file"
         else value
         for key, value in node.items()
     }
@@ -56,22 +75,40 @@ def fetch(
 ) -> Opening:
     """Fetch the source, if it is one that has to be and there is no copy yet; return what QSD opens then.
 
-    ``deadline`` is of time.monotonic(). Raises what ``download.fetch`` raises.
+    ``deadline`` is of time.monotonic(). Raises what ``download.fetch`` raises, and OPEN_FAILED for a secret that
+    cannot be read.
     """
-    if not is_fetched(spec):
+    backend = find_backend(spec.source)
+    if not isinstance(backend, FetchedBackend) or not backend.is_fetched(spec.options):
         return wanted
-    url = tftp.BACKEND.parse(spec.source, spec.options)
+    location = backend.parse(spec.source, spec.options)
     path = path_of(layout, spec.name)
-    download.fetch(
-        url, path, deadline=deadline, stop=stop, progress=progress, stall=tftp.stall_of(spec.options),
-        size=tftp.size_of(spec.options),
+    secrets = {
+        option: read_secret(option, spec.options[option], layout.volume_dir(spec.name))
+        for option in backend.secret_options if option in spec.options
+    }
+    request = download.Request(
+        location, backend.fetch_options(location, spec.options, secrets),
+        stall=float(spec.options.get("request-timeout", backend.defaults["request-timeout"])),
+        size=size_of(spec.options),
     )
+    download.fetch(request, path, deadline=deadline, stop=stop, progress=progress)
     seen = os.stat(path)
     return replace(
         wanted, node=located(wanted.node, path),
         source=None if wanted.source is None else located(wanted.source, path),
         files=frozenset({file_identity(seen.st_dev, seen.st_ino)}),
     )
+
+
+def read_secret(option: str, value: str, directory: str) -> str:
+    """Return a password without the newline at the end of its file. Raises OPEN_FAILED."""
+    try:
+        return host_secrets.read(option, value, directory).decode().removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError:
+        raise StoragedError(
+            ErrorCode.OPEN_FAILED, f"the secret of option {option} is no UTF-8", hint=f"check what -o {option} says"
+        ) from None
 
 
 def remove(layout: Layout, name: str) -> None:
@@ -82,7 +119,7 @@ def remove(layout: Layout, name: str) -> None:
 
 def exists(layout: Layout, name: str) -> bool:
     """Whether there is anything to remove."""
-    return any(os.path.lexists(os.path.join(directory(layout), name + end)) for end in (_COPY, _MARK, _PART))
+    return any(os.path.lexists(os.path.join(directory(layout), name + end)) for end in (_SUFFIX, _MARK, _PART))
 
 
 def all_names(layout: Layout) -> list[str]:
@@ -91,5 +128,5 @@ def all_names(layout: Layout) -> list[str]:
         entries = os.listdir(directory(layout))
     except FileNotFoundError:
         return []
-    ends = (_MARK, _PART, _COPY)
+    ends = (_MARK, _PART, _SUFFIX)
     return sorted({entry.removesuffix(end) for entry in entries for end in ends if entry.endswith(end)})

@@ -235,7 +235,7 @@ def test_a_cookie_and_a_proxy_are_of_http() -> None:
         {"proxy": "http://h:1", "proxy-user": "a:b"}, {"proxy": "http://h:1", "proxy-user": ""},
         {"request-timeout": "0"}, {"request-timeout": "10001"}, {"request-timeout": "1.5"}, {"request-timeout": ""},
         {"read-ahead": "1"}, {"read-ahead": "1000"}, {"read-ahead": "65M"}, {"read-ahead": "-1"}, {"read-ahead": ""},
-        {"tls-verify": "no"}, {"query": "yes"},
+        {"tls-verify": "no"}, {"query": "yes"}, {"fetch": "all"}, {"size": "4M"}, {"fetch": "whole", "size": "x"},
     ],
     ids=str,
 )
@@ -251,6 +251,35 @@ def test_what_an_option_cannot_be_is_refused(options: dict[str, str]) -> None:
 def test_read_ahead_is_a_size(said: str, size: int) -> None:
     HTTP.check_options({"read-ahead": said})
     assert node(HTTP, "http://host/a", read_ahead=said)["readahead"] == size
+
+
+def test_what_is_fetched_whole_is_a_file_and_curl_is_told_what_qemu_would_be() -> None:
+    options = {
+        "fetch": "whole", "size": "4M", "user": "b ä", "password-file": "/p", "cookie-file": "/c", "tls-verify": "off",
+        "proxy": "http://h:1", "proxy-user": "u", "proxy-password-file": "/q",
+    }
+    secrets = {"password-file": 'a:b@c/"\\', "cookie-file": "x=y z", "proxy-password-file": "p:q"}
+    HTTPS.check_options(options)
+    location = HTTPS.parse("https://host/a", options)
+    assert HTTPS.requirements(location, options).secrets == ()
+    assert HTTPS.node(location, read_only=True, options=options)["driver"] == "file"
+    assert HTTPS.fetch_options(location, options, secrets) == {
+        "url": "https://b%20%C3%A4:a%3Ab%40c%2F%22%5C@host/a", "cookie": "x=y z", "proxy": "http://h:1",
+        "proxy-user": "u:p:q", "insecure": "",
+    }
+    assert FTP.fetch_options("ftp://host/a", {"fetch": "whole"}, {}) == {"url": "ftp://host/a", "noproxy": "*"}
+    assert not HTTP.is_fetched({})
+
+
+@pytest.mark.parametrize(
+    ("option", "secret"),
+    [("password-file", f"{SECRET}\r\nx"), ("cookie-file", SECRET), ("cookie-file", f"a={SECRET}\nurl = x")],
+)
+def test_a_secret_that_would_be_another_option_is_refused(option: str, secret: str) -> None:
+    with pytest.raises(StoragedError) as caught:
+        HTTP.fetch_options("http://u@host/a", {"fetch": "whole"}, {option: secret})
+    assert caught.value.code is ErrorCode.INVALID_ARGUMENT
+    assert SECRET not in f"{caught.value}{caught.value.cause}{caught.value.hint}"
 
 
 def test_defaults() -> None:

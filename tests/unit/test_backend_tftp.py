@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storaged.backends import find_backend
-from storaged.backends.tftp import BACKEND, COPY, size_of, stall_of
+from storaged.backends.fetched import COPY, FetchedBackend, size_of
+from storaged.backends.tftp import BACKEND
 from storaged.errors import ErrorCode, StoragedError
 
 #: What a path can be made of.
@@ -75,6 +76,9 @@ def test_the_node_is_the_copy() -> None:
     found = BACKEND.node("tftp://host/a", read_only=True, options={})
     assert (found["driver"], found["filename"]) == ("file", COPY)
     assert BACKEND.read_only
+    assert isinstance(BACKEND, FetchedBackend)
+    assert BACKEND.is_fetched({})
+    assert BACKEND.fetch_options("tftp://host/a", {}, {}) == {}
 
 
 @pytest.mark.parametrize(
@@ -89,5 +93,5 @@ def test_what_an_option_cannot_be_is_refused(options: dict[str, str]) -> None:
 
 def test_options() -> None:
     BACKEND.check_options({"size": "4M", "request-timeout": "3600"})
-    assert (size_of({"size": "4M"}), stall_of({"request-timeout": "7"})) == (4 << 20, 7)
-    assert (size_of({}), stall_of({})) == (None, 20)
+    assert size_of({"size": "4M"}) == 4 << 20
+    assert size_of({}) is None

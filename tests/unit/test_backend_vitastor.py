@@ -26,7 +26,7 @@ NAMES = st.text(st.characters(exclude_categories=["C", "Z"], include_characters=
 WRITABLE = NAMES.filter(lambda name: "@" not in name)
 
 
-def node(source: str, *, read_only: bool = False, cache: str = "writeback") -> dict[str, Any]:
+def node(source: str, *, read_only: bool = False, cache: str = "none") -> dict[str, Any]:
     return BACKEND.node(BACKEND.parse(source, {}), read_only=read_only, options={"cache": cache})
 
 
@@ -281,10 +281,12 @@ def test_qemu_img_is_told_all_but_what_is_ours() -> None:
 
 
 @pytest.mark.parametrize("cache", sorted(CACHE_FLAGS))
-def test_no_write_waits_in_the_memory_of_qsd_whatever_the_cache_mode(cache: str) -> None:
+def test_writes_may_wait_in_the_memory_of_qsd_where_the_user_says_so_alone(cache: str) -> None:
     """The driver lets Vitastor buffer writes unless the cache is bypassed (client_writeback_allowed)."""
     found = node("vitastor:image=x", cache=cache)["cache"]
-    assert found == {"direct": True, "no-flush": cache == "unsafe"}
+    assert found == {"direct": cache != "writeback", "no-flush": cache == "unsafe"}
+    assert BACKEND.node("vitastor:image=x", read_only=False, options={})["cache"]["direct"] is True
+    assert BACKEND.caches_writes
 
 
 def test_every_member_that_the_driver_publishes_is_used() -> None:

@@ -65,9 +65,7 @@ class Cluster:
             "monitor", "node", environment(MONITOR), "--etcd_address", f"http://{self.etcd}",
             "--mon_http_ip", "127.0.0.1", "--mon_http_port", str(free_port()),
         )
-        for number in OSDS:
-            self.start_osd(number)
-        eventually(self._active, "the pool is active", 60)
+        self.repair()
 
     def start_etcd(self) -> None:
         """Start etcd, or start it again with what it had."""
@@ -117,6 +115,16 @@ class Cluster:
             server = self._running.pop(name)
             server.kill()
             server.wait(20)
+
+    def repair(self) -> None:
+        """Start what does not run. OSDs that cannot reach etcd for some seconds end themselves."""
+        if "etcd" not in self._running:
+            self.start_etcd()
+        for number in OSDS:
+            server = self._running.get(f"osd{number}")
+            if server is None or server.poll() is not None:
+                self.start_osd(number)
+        eventually(self._active, "the pool is active", 60)
 
     def end(self) -> None:
         """End all that was started."""

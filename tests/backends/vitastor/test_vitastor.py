@@ -183,7 +183,7 @@ def test_an_osd_is_killed_under_load_and_the_others_serve_on(
     try:
         load.succeeded(60)
     finally:
-        cluster.start_osd(1)
+        cluster.repair()
     daemon.detach("a")
     copy = place / "disk.raw"
     copy.write_bytes(cluster.content(image, place))
@@ -207,8 +207,7 @@ def test_all_osds_are_away_under_load_and_come_back(
     if how == "stopped":
         cluster.signal(signal.SIGCONT, *osds)
     else:
-        for number in OSDS:
-            cluster.start_osd(number)
+        cluster.repair()
     load.succeeded(90)
     daemon.detach("a")
     copy = place / "disk.raw"
@@ -245,7 +244,7 @@ def test_etcd_is_away_and_nothing_stops_until_qsd_must_be_replaced(
         pid = daemon.kill_qsd("a")
         eventually(lambda: daemon.show("a")["failure"] is not None, "the volume says that it failed")
     finally:
-        cluster.start_etcd()
+        cluster.repair()
     eventually(lambda: daemon.replaced("a", pid), "a successor serves it", 60)
     assert reads(str(daemon.show("a")["device"]), 0, len(PATTERN)) == PATTERN
 
