@@ -25,7 +25,7 @@ http {{
     server {{
         listen 127.0.0.1:{port}; root {root};
         location /norange/ {{ alias {root}/; max_ranges 0; }}
-        location /slow/ {{ alias {root}/; limit_rate 1m; }}
+        location /slow/ {{ alias {root}/; limit_rate 3m; }}
         location /moved/ {{ rewrite ^/moved/(.*)$ http://127.0.0.1:{port}/$1 redirect; }}
         location /away/ {{ return 302 file://{root}/disk.raw; }}
         location /private/ {{ alias {root}/; auth_basic x; auth_basic_user_file {place}/htpasswd; }}

@@ -16,6 +16,7 @@ from storaged.backends.curl import BACKENDS as ALL
 from storaged.backends.curl import FTP, FTPS, HTTP, HTTPS, CurlBackend
 from storaged.errors import ErrorCode, StoragedError
 from storaged.qsd.refusals import explain
+from storaged.qsd.version import QsdVersion, curl_loses_requests
 
 PUBLIC = {"query": "public"}
 #: A password that must be in nothing that is shown.
@@ -321,3 +322,11 @@ def test_what_libcurl_says_is_explained(text: str, code: ErrorCode, message: str
     assert message in error.message
     assert text in error.cause
     assert error.hint
+
+
+@pytest.mark.parametrize(
+    ("version", "loses"),
+    [((7, 2, 22), True), ((10, 0, 8), True), ((10, 0, 9), False), ((10, 1, 3), True), ((11, 0, 0), False)],
+)
+def test_which_qsd_loses_requests(version: tuple[int, int, int], loses: bool) -> None:
+    assert curl_loses_requests(QsdVersion(*version)) is loses
