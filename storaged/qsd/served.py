@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from storaged.errors import ErrorCode, StoragedError
-from storaged.host import process
+from storaged.host import process, tcpwatch
 from storaged.model.record import ProcessIdentity
 from storaged.qsd.process import died, qmp_socket
 from storaged.qsd.session import ANSWER_TIMEOUT, Session
@@ -143,6 +143,7 @@ class ServedQsd:
     async def kill(self) -> None:
         """End it at once and see it gone. Raises QSD_SILENT where it does not even die of SIGKILL."""
         if self._pidfd is not None:
+            tcpwatch.reset_at_death(self._pidfd)
             process.kill(self._pidfd)
             if not await self.wait_gone(_KILL_PATIENCE):
                 raise StoragedError(

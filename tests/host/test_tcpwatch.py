@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 from storaged.host import tcp
 from storaged.host.process import identify
-from storaged.host.tcpwatch import ConnectionWatch
+from storaged.host.tcpwatch import ConnectionWatch, reset_at_death
 from storaged.model.record import ProcessIdentity
 
 #: Connects, and does nothing.
@@ -146,3 +147,35 @@ def test_where_it_may_not_be_watched_that_is_said(pair: Pair, monkeypatch: pytes
         watch.close()
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_what_a_process_had_sent_before_it_was_killed_is_dropped_if_its_connections_are_reset(reset: bool) -> None:
+    pair = Pair(_FILLS)
+    try:
+        pair.said.readline()  # it has filled all buffers
+        pidfd = os.pidfd_open(pair.process.pid)
+        if reset:
+            reset_at_death(pidfd)
+        os.close(pidfd)
+        pair.process.kill()
+        pair.process.wait(20)
+        received = 0
+        try:
+            while data := pair.peer.recv(1 << 20):
+                received += len(data)
+        except ConnectionResetError:
+            assert reset
+        else:
+            assert not reset
+            assert received > 0
+    finally:
+        pair.end()
+
+
+def test_a_process_that_is_gone_has_no_connections() -> None:
+    pair = Pair(_IDLES)
+    pidfd = os.pidfd_open(pair.process.pid)
+    pair.end()
+    reset_at_death(pidfd)
+    os.close(pidfd)
