@@ -233,7 +233,7 @@ def leftovers(root: Path) -> list[str]:
     layout = Layout.below(str(root))
     for directory in (
         layout.volumes_dir, layout.desired_volatile, layout.desired_persistent, layout.snapshots_dir, layout.dev_dir,
-        layout.vm_sockets_dir,
+        layout.vm_sockets_dir, f"{layout.state_dir}/copies",
     ):
         if os.path.isdir(directory):
             found += [f"{directory}/{entry}" for entry in os.listdir(directory)]

@@ -9,7 +9,7 @@ from storaged.host import links, nbd
 from storaged.model import blockdev
 from storaged.model.plan import Device, Observed, Qsd, Step
 from storaged.model.qemu_args import QemuArguments, qemu_arguments
-from storaged.supervisor import adoption, growing, leaving, opening, serving
+from storaged.supervisor import adoption, fetching, growing, leaving, opening, serving
 from storaged.supervisor.holding import Holding
 from storaged.transports.base import Seen
 
@@ -122,6 +122,8 @@ class Attachment(Holding):
         """
         wanted = await self.source_calls("look at the source", timeout, opening.inspect, self.spec)
         node, objects = opening.outside(wanted, self.spec, self.directory)
+        if fetching.is_fetched(self.spec):
+            node = fetching.located(node, fetching.path_of(self.environment.layout, self.spec.name))
         return qemu_arguments(node, self.spec, self.record, objects)
 
     def _linked(self, seen: Seen) -> bool:

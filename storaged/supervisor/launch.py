@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
@@ -21,7 +22,7 @@ from storaged.model.record import Record
 from storaged.model.spec import VolumeSpec
 from storaged.qsd.build import build_of
 from storaged.qsd.process import find_binary, qmp_socket, spawn
-from storaged.supervisor import opening, overlay
+from storaged.supervisor import fetching, opening, overlay
 from storaged.supervisor.environment import Environment
 from storaged.transports import TRANSPORTS, choose_transport
 from storaged.transports.base import Site
@@ -57,18 +58,20 @@ def write_record(directory: str, record: Record) -> None:
 
 def launch(
     spec: VolumeSpec, former: Record | None, site: Site, environment: Environment, *, timeout: float,
-    given_up: threading.Event,
+    given_up: threading.Event, progress: Callable[[int, int | None], None],
 ) -> Started:
     """Look at the source, take its locks, write the record and start QSD with a monitor only. Blocks.
 
     ``former`` is the record of a QSD that is gone: its successor gets the same transport, settings and program, and
-    must find the same source. Raises SOURCE_CHANGED, SOURCE_IN_USE, NAME_TAKEN, TRANSPORT_UNAVAILABLE, QSD_MISSING,
+    must find the same source. ``progress`` is told how many bytes of a source that is fetched first have come, and of
+    how many. Raises SOURCE_CHANGED, SOURCE_IN_USE, NAME_TAKEN, TRANSPORT_UNAVAILABLE, QSD_MISSING,
     and what ``opening.inspect`` raises.
     """
     deadline = time.monotonic() + timeout
     configured = environment.config.qsd.binary_for(find_backend(spec.source).name)
     binary = find_binary((former.binary if former else "") or configured)
     wanted = opening.inspect(spec)
+    fetching.check_program(spec, build_of(binary).version)
     if given_up.is_set():
         # The source let this thread hang for so long that the volume may be gone by now.
         raise StoragedError(ErrorCode.HOST_STUCK, "too late")
@@ -101,6 +104,9 @@ def launch(
         if given_up.is_set():
             # Modules or netlink let this thread hang for so long.
             raise StoragedError(ErrorCode.HOST_STUCK, "too late")
+        wanted = fetching.fetch(
+            spec, wanted, environment.layout, deadline=deadline, stop=given_up, progress=progress
+        )
         place = _reserve_overlay(spec, environment) if spec.snapshot else None
         record = msgspec.structs.replace(record, sources=dict(wanted.sources), overlay=place)
         return _run(record, wanted, site, environment, held)

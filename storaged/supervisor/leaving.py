@@ -18,7 +18,7 @@ from storaged.model.record import Record
 from storaged.qsd.session import Session
 from storaged.qsd.sideexport import side_export
 from storaged.qsd.version import aborts_with_iothread, parse_version
-from storaged.supervisor import overlay
+from storaged.supervisor import fetching, overlay
 from storaged.supervisor.holding import Holding
 from storaged.transports.nbd import NBD_SOCKET
 
@@ -149,10 +149,15 @@ def remove(held: Holding) -> None:
     """Remove the overlay, what was started for QSD, and the volume's directory. Blocks."""
     sshagent.end(held.directory)
     overlay.remove(held.environment.layout.snapshots_dir, held.spec.name)
+    fetching.remove(held.environment.layout, held.spec.name)
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(held.directory)
 
 
 def has_directory(held: Holding) -> bool:
     """Whether there is something to remove."""
-    return os.path.lexists(held.directory) or overlay.exists(held.environment.layout.snapshots_dir, held.spec.name)
+    layout = held.environment.layout
+    return (
+        os.path.lexists(held.directory) or overlay.exists(layout.snapshots_dir, held.spec.name)
+        or fetching.exists(layout, held.spec.name)
+    )

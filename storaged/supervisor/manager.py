@@ -22,7 +22,7 @@ from storaged.model.qemu_args import QemuArguments
 from storaged.model.record import Record
 from storaged.model.spec import Desired, VolumeSpec, caches_writes, check_spec, without_defaults
 from storaged.store.base import Damaged
-from storaged.supervisor import overlay
+from storaged.supervisor import fetching, overlay
 from storaged.supervisor.environment import Environment
 from storaged.supervisor.secrets import NO_SECRETS, check_secrets, secrets_apart
 from storaged.supervisor.volume import Volume
@@ -200,7 +200,8 @@ class Manager:
                     )
                     environment.store_of(record.spec.persist).put(found[damaged.name])
         os.makedirs(layout.volumes_dir, mode=0o700, exist_ok=True)
-        for name in sorted({*os.listdir(layout.volumes_dir), *overlay.all_names(layout.snapshots_dir)}):
+        left = {*overlay.all_names(layout.snapshots_dir), *fetching.all_names(layout)}
+        for name in sorted({*os.listdir(layout.volumes_dir), *left}):
             if name in found:
                 continue
             try:

@@ -7,10 +7,13 @@ import errno
 import logging
 import os
 import threading
+import time
 
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import disk, process
 from storaged.model import blockdev
+from storaged.model.sizes import format_size
+from storaged.model.states import State
 from storaged.qsd.session import Session
 from storaged.supervisor import launch, opening, remoteheader
 from storaged.supervisor.holding import Holding, Told
@@ -18,15 +21,30 @@ from storaged.supervisor.snapshot import open_snapshot
 
 log = logging.getLogger("storaged.serving")
 
+#: Seconds between two words on how far a source has come that is fetched first.
+_TELL_EVERY = 1.0
+
 
 async def start(held: Holding, timeout: float) -> None:
     """Start QSD with a monitor only, from the record if there is one. Raises what ``launch.launch`` raises."""
     await held.wait_for_writing()
     given_up, former = threading.Event(), held.record
 
+    loop, events = asyncio.get_running_loop(), held.environment.events
+
+    told = time.monotonic()
+
+    def tell(done: int, total: int | None) -> None:
+        nonlocal told
+        if time.monotonic() < told + _TELL_EVERY:
+            return
+        told = time.monotonic()
+        text = f"fetching the source: {format_size(done)}{f' of {format_size(total)}' if total else ''}"
+        loop.call_soon_threadsafe(events.publish, held.spec.name, "note", State.STARTING, text)
+
     def work() -> launch.Started:
         return launch.launch(
-            held.spec, former, held.site, held.environment, timeout=timeout, given_up=given_up
+            held.spec, former, held.site, held.environment, timeout=timeout, given_up=given_up, progress=tell
         )
 
     try:
