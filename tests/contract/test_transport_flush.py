@@ -6,6 +6,7 @@ acknowledged, and a server that fails everything must fail a flush, too, be it t
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import subprocess
@@ -86,6 +87,30 @@ def test_a_successor_flushes_what_its_predecessor_acknowledged(daemon: Daemon, p
         go(process)
         assert process.wait(20) == 0
         assert flushes(source) > before
+        daemon.detach("a")
+    finally:
+        run("losetup", "--detach", source)
+
+
+def test_a_write_that_has_to_be_on_the_disk_is_though_it_comes_right_after_a_flush(
+    daemon: Daemon, place: Path, transport: str
+) -> None:
+    """So does the journal of a filesystem commit: a flush, and a write with FUA (O_DSYNC, without the page cache)."""
+    disk = image(place / "disk", "raw")
+    source = run("losetup", "--find", "--show", disk).stdout.strip()
+    try:
+        device = daemon.device("a", source, transport=transport)
+        with mmap.mmap(-1, 4096) as page:
+            fd = os.open(device, os.O_RDWR | os.O_DIRECT | os.O_DSYNC)
+            try:
+                for round in range(4):
+                    page[:4] = bytes([round]) * 4
+                    os.fsync(fd)
+                    before = flushes(source)
+                    os.pwrite(fd, page, 0)
+                    assert flushes(source) > before, f"write {round}"
+            finally:
+                os.close(fd)
         daemon.detach("a")
     finally:
         run("losetup", "--detach", source)
