@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from storaged.host.process import thread_states as process_states
 from tests.harness import Daemon, eventually, image, run, writes
 from tests.trouble import PATTERN
 
@@ -56,7 +57,9 @@ def test_a_flush_that_waits_fails_by_a_rescue_though_nothing_is_written_any_more
     device = daemon.device("a", image(place / "a.raw", "raw"), transport=transport)
     writes(device, 0, PATTERN)
     process = flusher(device)
-    os.kill(daemon.qsd("a"), signal.SIGSTOP)
+    qsd = daemon.qsd("a")
+    os.kill(qsd, signal.SIGSTOP)
+    eventually(lambda: set(process_states(qsd)) == {"T"}, "all its threads stand still")
     go(process)
     eventually(lambda: waits(process), "it waits")
     daemon.call("Rescue", name="a", keep=keep and transport != "fuse", timeout=45)
