@@ -86,14 +86,15 @@ def connect(
 def reconnect(device: str, identifier: str, sockets: Sequence[socket.socket], timeouts: Timeouts) -> None:
     """Replace dead connections of a device by live ones; requests that wait go on. Blocks.
 
-    The kernel agrees even where no connection is dead, and then drops the new one. Raises DEVICE_FAILED where the
-    device is gone or another backend's.
+    The kernel agrees even where no connection is dead, and then drops the new one. The time-out of requests stays as
+    it is: said again, it would set the time after which the kernel looks at them back to 30 s, until somebody shortens
+    it again (nbd_set_cmd_timeout in drivers/block/nbd.c). Raises DEVICE_FAILED where the device is gone or another
+    backend's.
     """
     try:
         netlink.request("nbd", _RECONFIGURE, [
             ("NBD_ATTR_INDEX", _index(device)),
             ("NBD_ATTR_BACKEND_IDENTIFIER", identifier),
-            ("NBD_ATTR_TIMEOUT", timeouts.request),
             ("NBD_ATTR_DEAD_CONN_TIMEOUT", timeouts.dead_connection),
             _sockets(sockets),
         ], [sock.fileno() for sock in sockets])

@@ -44,8 +44,9 @@ def document(results: list[Result]) -> str:
     machines = sorted({f"Linux {result['kernel']} with QSD {result['qsd']}" for result in results})
     return f"""# Faults under load
 
-Written by `make test-faults` (scripts/faults-table): do not edit. Seen on {'; '.join(machines)}, in the test machine,
-which is an emulator and 10 to 20 times slower than a processor. What storaged does and why is in
+Written by `make test-faults` (scripts/faults-table): do not edit. Seen on
+{'; '.join(machines)},
+in the test machine, which is an emulator and 10 to 20 times slower than a processor. What storaged does and why is in
 [faults.md](faults.md); how it is tested in [testing.md](testing.md).
 
 Each fault happens while a verifier writes, reads and flushes with direct I/O, to the device itself and to a file on a
