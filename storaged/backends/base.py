@@ -115,6 +115,13 @@ class NetworkBackend(Backend, Protocol):
     def recovers(self) -> bool:
         """Whether QEMU's driver makes a new connection when it has lost its own. Else it needs another QSD."""
 
+    @property
+    def identity_is_whole(self) -> bool:
+        """Whether sources of one scheme and one identity are one disk, reached in one way: they differ in spelling only.
+
+        Else the identity leaves out the server or the cluster, so that it is locked however it is reached.
+        """
+
     def without_secrets(self, source: str) -> tuple[str, dict[str, str]]:
         """Take the secrets out of a source whose spelling can hold one: the source without, and option → secret.
 
@@ -138,6 +145,7 @@ class NetworkDefaults:
     defaults: Mapping[str, str] = {}
     secret_options: tuple[str, ...] = ()
     read_only = False
+    identity_is_whole = False
     caches_writes = False
     caches_direct = False
     recovers = True

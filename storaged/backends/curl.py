@@ -86,6 +86,7 @@ class CurlBackend(NetworkDefaults):
     """A file behind one of the schemes that QEMU gives to libcurl."""
 
     read_only = True
+    identity_is_whole = True
 
     def __init__(self, scheme: str) -> None:
         self.name = scheme
@@ -161,7 +162,11 @@ class CurlBackend(NetworkDefaults):
         if not source.startswith(start) or found is None:
             return source, {}
         user, password = found.groups()
-        return f"{start}{user}@{rest[found.end():]}", {"password-file": _unquoted(password)} if password else {}
+        shown = f"{start}{user}@{rest[found.end():]}"
+        try:
+            return shown, {"password-file": _unquoted(password)} if password else {}
+        except UnicodeError:
+            return f"{start}{user}:…@{rest[found.end():]}", {}
 
     def requirements(self, location: str, options: Mapping[str, str]) -> Requirements:
         """Passwords and the cookie. Of a proxy libcurl knows by its environment alone; QSD's names none by itself."""

@@ -52,6 +52,7 @@ class NbdBackend(NetworkDefaults):
     """An export of an NBD server."""
 
     name = "nbd"
+    identity_is_whole = True
     schemes = ("nbd", "nbd+tcp", "nbd+unix", "nbds", "nbds+tcp", "nbds+unix")
     example = "nbd://HOST[:PORT][/EXPORT]"
     options: Mapping[str, str] = {

@@ -19,14 +19,17 @@ _NAME = re.compile(rf"{_LABEL}(\.{_LABEL})*\.?")
 _LONGEST_NAME = 253
 #: What getaddrinfo(3) takes for an address in one of the older notations: 127.1, 0x7f.1, 010.0.0.1.
 _OLD_ADDRESS = re.compile(r"(.*\.)?([0-9]+|0[xX][0-9A-Fa-f]*)")
+_PASSWORD = re.compile(r"(//[^/?#@:]*):[^/?#@]*@")
 _ZONE = re.compile(r"[A-Za-z0-9._-]+")
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 
 
 def refuse(source: str, cause: str, hint: str) -> NoReturn:
-    """Raise INVALID_SOURCE for a source."""
+    """Raise INVALID_SOURCE for a source. What looks like a password in it is not said again."""
+    shown = _PASSWORD.sub(r"\1:…@", source)
     raise StoragedError(
-        ErrorCode.INVALID_SOURCE, f"the source {source!r} cannot be understood", cause=cause, hint=hint
+        ErrorCode.INVALID_SOURCE, f"the source {shown!r} cannot be understood",
+        cause=_PASSWORD.sub(r"\1:…@", cause), hint=hint,
     )
 
 
@@ -57,7 +60,11 @@ def host_of(text: str, source: str) -> str:
         address, percent, zone = text[1:-1].partition("%")
         zone = zone.removeprefix("25")
         try:
-            short = str(ipaddress.IPv6Address(address))
+            parsed = ipaddress.IPv6Address(address)
+            if parsed.ipv4_mapped is not None and not percent:
+                # The kernel connects to the IPv4 address: one server, one spelling.
+                return str(parsed.ipv4_mapped)
+            short = str(parsed)
         except ValueError:
             refuse(source, f"{text} is no IPv6 address", "write [ADDRESS]:PORT")
         if percent and not _ZONE.fullmatch(zone):
@@ -79,7 +86,7 @@ def bare_host(host: str) -> str:
 
 def port_of(text: str, source: str) -> int:
     """Return a TCP port. Raises INVALID_SOURCE; names of services are none, because hosts differ in them."""
-    if not re.fullmatch(r"0*[1-9][0-9]{0,4}", text) or int(text) > 65535:
+    if not re.fullmatch(r"0{0,9}[1-9][0-9]{0,4}", text) or int(text) > 65535:
         refuse(source, f"{text!r} is no port", "a port is a number from 1 to 65535")
     return int(text)
 

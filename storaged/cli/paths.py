@@ -42,7 +42,9 @@ def absolute_source(source: str, *, cwd: str | None = None) -> str:
 def absolute_option(key: str, value: str, *, cwd: str | None = None) -> str:
     """Return an option's value with the paths in it made absolute."""
     if (key.endswith("-file") or key in _PATH_OPTIONS) and value not in ("", "-"):
-        return value if value.startswith("credential:") else absolute(value, cwd=cwd)
+        # Without a slash it may be the secret itself, by mistake: the daemon refuses it, and says it to nobody.
+        is_path = "/" in value and not value.startswith("credential:")
+        return absolute(value, cwd=cwd) if is_path else value
     if key != "backing" or not value.startswith(_ALLOW):
         return value
     paths = [absolute(path, cwd=cwd) if path else "" for path in value.removeprefix(_ALLOW).split(":")]

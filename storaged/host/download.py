@@ -57,6 +57,10 @@ _FAILURES = {
     9: _REFUSED, 18: _CUT, 19: _MISSING,
     22: (ErrorCode.OPEN_FAILED, "the server answers with an error", "look at its log"),
     23: (ErrorCode.NO_SPACE, "there is no room for the copy", "make room on that filesystem"),
+    47: (
+        ErrorCode.OPEN_FAILED, "the server sends us on to another place",
+        "name that place; a redirection is not followed with a cookie, which the other server would get",
+    ),
     28: (ErrorCode.OPEN_FAILED, "the server does not answer", "start the server; check host, port and firewalls"),
     35: _NO_TLS, 52: _CUT, 56: _CUT,
     60: (
@@ -181,6 +185,9 @@ class _Child:
             "max-time": f"{left:.3f}",
             "url": request.url, **request.options,
         }
+        if "cookie" in request.options:
+            # Whoever a server sends us on to would get it.
+            options["max-redirs"] = "0"
         self._talk = self._words = b""
         self.size: int | None = None
         """What the server says, once it has."""

@@ -8,8 +8,10 @@ directory below /run, in memory and readable by root alone, since a successor of
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
+import stat
 from collections.abc import Mapping
 
 from storaged.errors import ErrorCode, StoragedError
@@ -59,7 +61,10 @@ def read(option: str, value: str, directory: str) -> bytes:
     if value == GIVEN:
         hint = f"it was given on standard input: detach the volume, and attach it again with -o {option}=-"
     try:
-        with open(path, "rb") as file:
+        # Not one that waits for a writer, as a FIFO does: the thread would keep the source's locks.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError(errno.EINVAL, "it is no regular file")
             data = file.read(LONGEST + 1)
     except OSError as error:
         raise StoragedError(
@@ -84,8 +89,8 @@ def keep(directory: str, given: Mapping[str, bytes]) -> None:
         write_atomic(os.path.join(place, option), data)
 
 
-def given(directory: str, option: str) -> bool:
-    """Whether a client has handed over the secret of an option before."""
-    with contextlib.suppress(OSError):
-        return os.path.exists(os.path.join(directory, "secrets", option))
+def are_kept(directory: str, given: Mapping[str, bytes]) -> bool:
+    """Whether these very secrets are what is kept of a client's. One that cannot be read is another."""
+    with contextlib.suppress(StoragedError):
+        return all(read(option, GIVEN, directory) == data for option, data in given.items())
     return False

@@ -10,6 +10,8 @@ from storaged.errors import StoragedError
 from storaged.qsd.session import Session
 
 _SOCKET = "side.sock"
+#: Seconds for the end of it: what hangs here hangs on a storage that has let the time run out already.
+_LAST_PATIENCE = 2.0
 
 
 @contextlib.asynccontextmanager
@@ -32,7 +34,7 @@ async def side_export(
         try:
             yield os.path.join(directory, server or _SOCKET)
         finally:
-            await session.delete_export(name, timeout=timeout)
+            await session.delete_export(name, timeout=min(timeout, _LAST_PATIENCE))
     finally:
         if server is None:
-            await session.execute("nbd-server-stop")
+            await session.execute("nbd-server-stop", timeout=min(timeout, _LAST_PATIENCE))

@@ -69,6 +69,16 @@ def located(node: dict[str, Any], path: str) -> dict[str, Any]:
     }
 
 
+def refuse_lost_copy(spec: VolumeSpec, layout: Layout) -> None:
+    """Raise SOURCE_CHANGED where a volume that was attached has lost its copy: the server may have another file now."""
+    if is_fetched(spec) and not os.path.lexists(path_of(layout, spec.name)):
+        raise StoragedError(
+            ErrorCode.SOURCE_CHANGED, f"the copy of the source is gone: {path_of(layout, spec.name)}",
+            cause="fetched again, it might be another disk",
+            hint="bring it back; or detach the volume and attach it again",
+        )
+
+
 def fetch(
     spec: VolumeSpec, wanted: Opening, layout: Layout, *, deadline: float, stop: threading.Event,
     progress: Callable[[int, int | None], None],

@@ -81,6 +81,8 @@ def launch(
             cause="it was replaced or moved while qemu-storage-daemon was down",
             hint="bring the old one back; or detach the volume and attach it again",
         )
+    if former is not None and former.size:
+        fetching.refuse_lost_copy(spec, environment.layout)
     environment.claims.hold(spec.name, wanted.sources)
     held: list[int] = []
     try:

@@ -260,7 +260,12 @@ def same_source(one: VolumeSpec, other: VolumeSpec) -> bool:
         for backend, location in zip(backends, locations, strict=True) if isinstance(backend, NetworkBackend)
     }
     if identities_found:
-        return backends[0] is backends[1] and len(identities_found) == 1
+        if backends[0] is not backends[1] or len(identities_found) > 1:
+            return False
+        # The identity is what the lock needs: of some backends it leaves out which server or cluster.
+        schemes = {location.partition(":")[0] for location in locations}
+        whole = isinstance(backends[0], NetworkBackend) and backends[0].identity_is_whole and len(schemes) == 1
+        return whole or locations[0] == locations[1]
     return os.path.samefile(*locations)
 
 

@@ -6,12 +6,13 @@ import os
 
 from storaged.backends import find_backend
 from storaged.errors import ErrorCode, StoragedError
+from storaged.host import secrets
 from storaged.host.nbdhandshake import libnbd_problem
 from storaged.model.plan import Step
 from storaged.qsd.build import build_of
 from storaged.qsd.process import find_binary
 from storaged.qsd.version import parse_version
-from storaged.supervisor import leaving, opening
+from storaged.supervisor import fetching, leaving, opening
 from storaged.supervisor.attachment import Attachment
 
 
@@ -48,8 +49,13 @@ async def check_source(attachment: Attachment, timeout: float) -> None:
                 cause="it was replaced or moved, and qemu-storage-daemon may be the last that has it",
                 hint="bring the old one back; or detach the volume and attach it again",
             )
+        if record.size:
+            fetching.refuse_lost_copy(spec, attachment.environment.layout)
         for secret in wanted.secrets:
             opening.secret_object(secret, spec, attachment.directory)
+        needed = wanted.requirements
+        for option in (*needed.secret_files.values(), *([needed.agent_key] if needed.agent_key else [])):
+            secrets.read(option, spec.options[option], attachment.directory)
         if record.overlay is not None and not os.path.exists(record.overlay):
             raise StoragedError(
                 ErrorCode.SOURCE_MISSING, f"the changes are not in {record.overlay}",

@@ -159,6 +159,12 @@ async def _open(held: Holding, wanted: opening.Opening, timeout: float) -> None:
             ErrorCode.SOURCE_CHANGED, "the source was replaced while it was opened",
             hint="find out who replaces it, then attach again",
         )
+    if wanted.source is not None and not sizes.keys() <= {blockdev.DISK, blockdev.BASE, blockdev.SOURCE}:
+        # Its header was another one when QEMU read it, and named a file of this host.
+        raise StoragedError(
+            ErrorCode.SOURCE_CHANGED, "the image was changed while it was opened, and needs another file",
+            hint="find out who changes it behind the server, then attach again",
+        )
     if spec.snapshot:
         fingerprint = wanted.fingerprint
         if wanted.remote:
@@ -187,11 +193,11 @@ async def _open(held: Holding, wanted: opening.Opening, timeout: float) -> None:
             ErrorCode.SOURCE_CHANGED, f"the disk has {size} bytes by now, its device {had}",
             hint="bring the old size back; or detach the volume (--force) and attach it again",
         )
-    owes_a_flush = held.known().size and spec.writes_source and not spec.keeps_writes_in_memory
+    if held.known().size and spec.writes_source and not spec.keeps_writes_in_memory:
+        # Before the record says that it is open: who adopts it then would not do this any more.
+        await _owe_a_flush(held, session, size, timeout)
     # Once it is exported it may acknowledge writes: that it does waits for this to be on the disk.
     held.note_meanwhile(size=size, settled=False)
-    if owes_a_flush:
-        await _owe_a_flush(held, session, size, timeout)
 
 
 async def _add_and_look(held: Holding, session: Session, wanted: opening.Opening, timeout: float) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from storaged.errors import ErrorCode, StoragedError
+from storaged.host.secrets import are_kept as kept_secrets_are
 from storaged.host.secrets import keep as keep_secrets
 from storaged.model.health import Reaction, Trouble, advice, meaning
 from storaged.model.history import Happening
@@ -308,8 +309,7 @@ class Volume(Convergence):
             raise self._refused
         try:
             if secrets:
-                held = self.attachment
-                await held.blocking("keep the secrets", 10, keep_secrets, held.directory, secrets)
+                await self._take_secrets(secrets)
             if self._fresh:
                 await self._store(self.goal)
             await self._converge()
@@ -327,6 +327,18 @@ class Volume(Convergence):
             self._blamed = step
             raise
         self._fresh = False
+
+    async def _take_secrets(self, secrets: Mapping[str, bytes]) -> None:
+        """Keep them. Raises VOLUME_EXISTS where the volume works with others: nobody knows whether these would do."""
+        held = self.attachment
+        if not self._fresh and self.state is not State.FAILED:
+            if await held.blocking("compare the secrets", 10, kept_secrets_are, held.directory, secrets):
+                return
+            raise StoragedError(
+                ErrorCode.VOLUME_EXISTS, "the volume is attached with another secret", volume=self.name,
+                hint="give the same one; or detach the volume first, or choose another name",
+            )
+        await held.blocking("keep the secrets", 10, keep_secrets, held.directory, secrets)
 
     async def _undo(self) -> None:
         """Take back a first attach that failed; shielded, because it must end whatever ended the attach."""

@@ -160,6 +160,12 @@ def test_a_cookie(server: Nginx, daemon: Daemon, place: Path, disk: Path) -> Non
     is_read(daemon, source, disk, cookie_file=secret(place, COOKIE))
 
 
+def test_a_cookie_is_given_to_nobody_else(server: Nginx, daemon: Daemon, place: Path) -> None:
+    options = {**WHOLE, "cookie-file": secret(place, COOKIE)}
+    error = refuses(daemon, ErrorCode.OPEN_FAILED, f"{server.url}/moved/disk.raw", read_only=True, options=options)
+    assert "redirection" in error.hint
+
+
 def test_a_proxy(server: Nginx, daemon: Daemon, place: Path, disk: Path) -> None:
     """nginx answers for a name that nobody else could resolve."""
     source = "http://disk.invalid/proxied/disk.raw"

@@ -243,3 +243,66 @@ def test_the_arguments_for_qemu_read_the_image_where_the_daemon_does(
     del node["node-name"]
     told = run("qemu-img", "info", "-U", "--output=json", f"json:{json.dumps(node)}")
     assert as_json(told.stdout)["virtual-size"] == 16 << 20
+
+
+def test_another_secret_for_a_volume_that_works_is_refused_and_the_good_one_stays(
+    daemon: Daemon, server: NbdServer, source: str, disk: Path
+) -> None:
+    encrypted(disk, "luks", "-o", "key-secret=k,iter-time=10")
+    server.start()
+    command = ("attach", "a", source, "--format", "luks", "-o", "key-file=-")
+    device = daemon.cli(*command, stdin=PASSPHRASE).stdout
+    assert daemon.cli(*command, stdin=PASSPHRASE).stdout == device
+    wrong = daemon.cli(*command, stdin="wrong", check=False)
+    assert ErrorCode.VOLUME_EXISTS in wrong.stderr
+    former = daemon.kill_qsd("a")
+    eventually(lambda: daemon.replaced("a", former), "replaced")
+    daemon.detach("a")
+
+
+#: An nbdkit plugin: the first read of the begin of the image gets one image, all later ones the other.
+SWITCHES = """
+case "$1" in
+  get_size) stat -L -c %s {first} ;;
+  can_write | can_flush) exit 0 ;;
+  pwrite) cat >{place}/dropped ;;
+  flush) ;;
+  pread)
+    file={second}
+    [ -e {place}/seen ] || file={first}
+    [ "$4" != 0 ] || touch {place}/seen
+    dd if=$file iflag=skip_bytes,count_bytes,fullblock skip=$4 count=$3 bs=64k status=none ;;
+  *) exit 2 ;;
+esac
+"""
+
+
+def test_a_server_that_shows_another_header_afterwards_gets_no_file_of_this_host(
+    daemon: Daemon, server: NbdServer, source: str, place: Path
+) -> None:
+    victim = place / "victim"
+    victim.write_bytes(b"V" * (1 << 20))
+    image(place / "first", "qcow2", "1M")
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", f"data_file={victim},data_file_raw=on", place / "second", "1M")
+    size = max((place / name).stat().st_size for name in ("first", "second"))
+    for name in ("first", "second"):
+        os.truncate(place / name, size)
+    victim.write_bytes(b"V" * (1 << 20))
+    plugin = place / "plugin"
+    plugin.write_text(f"#!/bin/sh\n{SWITCHES.format(place=place, first=place / 'first', second=place / 'second')}")
+    plugin.chmod(0o755)
+    server.run("nbdkit", "-f", "-U", str(place / "nbd.sock"), "-e", EXPORT, "sh", str(plugin))
+    refuses(daemon, ErrorCode.SOURCE_CHANGED, source, format="qcow2")
+    assert (place / "seen").exists()
+    assert victim.read_bytes() == b"V" * (1 << 20)
+
+
+def test_a_passphrase_in_a_fifo_is_refused_and_the_source_is_free_afterwards(
+    daemon: Daemon, place: Path
+) -> None:
+    disk = place / "disk"
+    encrypted(disk, "luks", "-o", "key-secret=k,iter-time=10")
+    os.mkfifo(place / "fifo")
+    refuses(daemon, ErrorCode.OPEN_FAILED, disk, format="luks", options={"key-file": str(place / "fifo")})
+    daemon.attach("a", disk, format="luks", options={"key-file": str(place / "key")})
+    daemon.detach("a")

@@ -108,7 +108,20 @@ def test_the_server_goes_away_and_nobody_notices(server: TftpServer, daemon: Dae
     eventually(lambda: daemon.replaced("a", former), "another QSD is there")
     daemon.kill()
     daemon.start()
+    eventually(lambda: daemon.online("a"), "adopted")
     run("cmp", str(daemon.show("a")["device"]), disk)
+
+
+def test_a_copy_that_is_lost_is_not_fetched_again_below_a_volume(server: TftpServer, daemon: Daemon) -> None:
+    """The server may have another file by now."""
+    daemon.attach("a", f"{server.url}/disk.raw", snapshot=True)
+    for file in Path(f"{daemon.layout.state_dir}/copies").iterdir():
+        file.unlink()
+    assert error_of(lambda: daemon.call("Upgrade", name="a")).code is ErrorCode.SOURCE_CHANGED
+    daemon.kill_qsd("a")
+    eventually(lambda: daemon.show("a")["state"] == "failed", "it is refused")
+    assert daemon.show("a")["failure"]["code"] == ErrorCode.SOURCE_CHANGED
+    daemon.detach("a", force=True)
 
 
 def test_more_blocks_than_can_be_counted(daemon: Daemon, place: Path) -> None:

@@ -275,3 +275,19 @@ def test_what_is_no_number_of_seconds_is_refused(key: str, value: str) -> None:
 @pytest.mark.parametrize("value", ["0", "1", str(LONGEST_DELAY)])
 def test_every_delay_that_qemu_takes_is_taken(value: str) -> None:
     BACKEND.check_options({"reconnect-delay": value})
+
+
+def test_an_ipv4_address_in_ipv6_is_the_ipv4_address() -> None:
+    assert BACKEND.parse("nbd://[::ffff:127.0.0.1]/x", {}) == BACKEND.parse("nbd://127.0.0.1/x", {})
+
+
+def test_a_port_of_thousands_of_digits_is_none() -> None:
+    with pytest.raises(StoragedError) as caught:
+        BACKEND.parse(f"nbd://h:{'0' * 5000}1/x", {})
+    assert caught.value.code is ErrorCode.INVALID_SOURCE
+
+
+def test_a_password_where_none_can_be_is_not_said_again() -> None:
+    with pytest.raises(StoragedError) as caught:
+        BACKEND.parse("nbd://user:hunter2@h/x", {})
+    assert "hunter2" not in f"{caught.value} {caught.value.cause} {caught.value.hint}"

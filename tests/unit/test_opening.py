@@ -168,10 +168,17 @@ def test_an_image_behind_a_server_stands_on_its_bytes_and_names_nothing_else() -
     assert found.remote
 
 
+def test_one_disk_at_two_servers_is_one_lock_and_two_wishes() -> None:
+    one, other = spec("iscsi://a.invalid/iqn.2026-01.test:t/1"), spec("iscsi://b.invalid/iqn.2026-01.test:t/1")
+    assert opening.inspect(one).sources == opening.inspect(other).sources
+    assert not opening.same_source(one, other)
+
+
 def test_spellings_of_a_source_behind_a_server_are_compared_without_asking_it(tmp_path: Path, image: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
     assert opening.same_source(spec("nbd:A.invalid:10809:exportname=x"), spec("nbd://a.invalid/x"))
     assert not opening.same_source(spec("nbd://a.invalid/x"), spec("nbd://a.invalid/y"))
     assert opening.same_source(spec(f"nbd:unix:{tmp_path}/s"), spec(f"nbd+unix:///?socket={tmp_path}/link/s"))
     assert not opening.same_source(spec(str(image)), spec("nbd://a.invalid/x"))
+    assert not opening.same_source(spec("nbd://a.invalid/x"), spec("nbds://a.invalid/x", options={"tls-certificates": "/pki"}))
     assert not opening.same_source(spec("nbd://a.invalid/x"), spec(str(image)))
