@@ -117,7 +117,7 @@ class NetworkBackend(Backend, Protocol):
 
     @property
     def identity_is_whole(self) -> bool:
-        """Whether sources of one scheme and one identity are one disk, reached in one way: they differ in spelling only.
+        """Whether sources of one scheme and one identity are one disk, reached in one way: only their spelling differs.
 
         Else the identity leaves out the server or the cluster, so that it is locked however it is reached.
         """

@@ -64,13 +64,13 @@ def spawn(
             child = subprocess.Popen(
                 [
                     binary,
-                    *(word for one in objects for word in ("--object", json.dumps(one))),
                     # wait=on: QSD accepts the client that is in the backlog already before it makes its
                     # monitor. With wait=off, its main thread and its monitor thread now and then read the
                     # same connection at once, and a byte of a command is lost (docs/architecture.md).
                     "--chardev", f"socket,id=qmp,fd={listener.fileno()},server=on,wait=on",
                     "--monitor", "chardev=qmp",
                     "--pidfile", pidfile(directory),
+                    *(word for one in objects for word in ("--object", json.dumps(one))),
                 ],
                 # Its working directory: sockets are named without the directory, whose path may be too long for them.
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=directory, env=environment,
