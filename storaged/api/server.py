@@ -29,6 +29,7 @@ from storaged.errors import ErrorCode, StoragedError, bug
 from storaged.model.formats import Format
 from storaged.model.history import Happening
 from storaged.model.spec import VolumeSpec
+from storaged.model.treespec import spelled_out
 from storaged.supervisor.manager import Manager
 from storaged.supervisor.volume import Volume
 
@@ -118,6 +119,7 @@ class Service(interface.StoragedInterface):
             name=name, source=source, format=known, transport=transport or "auto", read_only=bool(read_only),
             snapshot=bool(snapshot), snapshot_dir=snapshot_dir, options=options or {}, persist=bool(persist),
         )
+        spec = spelled_out(spec, known if format else None)
         return self._describe(await self._manager.attach(spec, _deadline(timeout), _decoded(name, secrets or {})))
 
     @varlinkmethod(return_parameter="notes")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -89,6 +90,17 @@ def test_all_is_said_by_options_with_an_image_of_a_namespace(
     writes(daemon.device("a", "rbd:", options=options), 0, PATTERN)
     daemon.detach("a")
     assert has_pattern(cluster, f"{POOL}/{NAMESPACE}/{name}", place)
+
+
+def test_a_tree_of_nodes_names_the_same_disk_as_its_source(
+    cluster: CephCluster, daemon: Daemon, source: str, disk: str, place: Path
+) -> None:
+    pool, _, name = disk.partition("/")
+    tree = {"driver": "raw", "file.driver": "rbd", "file": {"pool": pool, "image": name, "conf": str(cluster.conf)}}
+    writes(daemon.device("a", "json:" + json.dumps(tree)), 0, PATTERN)
+    refuses(daemon, ErrorCode.SOURCE_IN_USE, source, "b")
+    daemon.detach("a")
+    assert has_pattern(cluster, disk, place)
 
 
 def test_a_key_in_the_source_works_and_is_shown_nowhere(
