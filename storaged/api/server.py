@@ -28,6 +28,7 @@ from storaged.api import interface
 from storaged.errors import ErrorCode, StoragedError, bug
 from storaged.model.formats import Format
 from storaged.model.history import Happening
+from storaged.model.record import Record
 from storaged.model.spec import VolumeSpec
 from storaged.model.treespec import spelled_out
 from storaged.supervisor.manager import Manager
@@ -213,7 +214,19 @@ class Service(interface.StoragedInterface):
                 interface.HistoryEntry(entry.time, entry.kind, entry.message, entry.seconds, entry.times, entry.last)
                 for entry in history.entries
             ] if with_history else None,
+            layers=_layers(record),
         )
+
+
+def _layers(record: Record | None) -> list[interface.Layer]:
+    """The images of a volume; the disk has grown, perhaps, since it was opened."""
+    found = [
+        interface.Layer(layer.source, layer.format, layer.virtual_size, layer.backing, layer.data_file)
+        for layer in (record.layers if record is not None else [])
+    ]
+    if found and record is not None and record.size:
+        found[0].virtual_size = record.size
+    return found
 
 
 def _decoded(name: str, secrets: dict[str, str]) -> dict[str, bytes]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from storaged.errors import ErrorCode, StoragedError
 from storaged.host.nbdhandshake import reading
 from storaged.host.unixsock import connect_unix
-from storaged.model import blockdev
 from storaged.model.formats import Format
 from storaged.model.headers import ImageHeader, read_header
 from storaged.qsd.session import Session
@@ -16,26 +14,13 @@ from storaged.transports.nbd import NBD_SOCKET
 _EXPORT = "header"
 
 
-async def check(held: Holding, session: Session, format: Format, timeout: float) -> None:
-    """Refuse an image whose header is of another format, or names other files: QEMU would open them.
-
-    QSD has opened the bytes of the source as the node ``source``. Raises WRONG_FORMAT, UNSUPPORTED,
-    BACKING_NOT_ALLOWED, QSD_SILENT.
-    """
+async def read(held: Holding, session: Session, node: str, format: Format, timeout: float) -> ImageHeader:
+    """Return the header of the image in a node that QSD has open. Raises WRONG_FORMAT, UNSUPPORTED, QSD_SILENT."""
     server = NBD_SOCKET if held.transport.reconnects else None
 
     def work(path: str) -> ImageHeader:
         with connect_unix(path) as sock, reading(sock, _EXPORT, timeout) as (size, read):
             return read_header(format, read, size)
 
-    async with side_export(
-        session, blockdev.SOURCE, _EXPORT, directory=held.directory, server=server, timeout=timeout
-    ) as path:
-        header = await held.source_calls("look at the image's header", timeout, work, path)
-    for reference in (*([header.backing] if header.backing is not None else []), *header.others):
-        raise StoragedError(
-            ErrorCode.BACKING_NOT_ALLOWED,
-            f"the image needs another file, as its {reference.kind}: {reference.path!r}",
-            cause="an image behind a server may stand on nothing else",
-            hint="make it one that stands alone (qemu-img rebase, or convert), or copy it to a file of this host",
-        )
+    async with side_export(session, node, _EXPORT, directory=held.directory, server=server, timeout=timeout) as path:
+        return await held.source_calls("look at the image's header", timeout, work, path)
