@@ -126,7 +126,8 @@ def _allowed(spec: VolumeSpec) -> Iterator[tuple[BackingSource, bool]]:
         if isinstance(found.backend, FetchedBackend) and found.backend.is_fetched(found.options):
             _refuse(f"a source of {found.backend.name} is fetched whole", "fetch it, and allow the file")
         if is_prefix:
-            if not found.location.endswith("x"):
+            # Of a parameter (the path of a socket, a configuration) not all below it is meant.
+            if not found.location.endswith("x") or {"=", "?"} & set(found.location):
                 _refuse("what stands before the / is no place of sources", "name each source as a whole")
             found = replace(found, location=found.location[:-1])
         yield found, is_prefix

@@ -255,5 +255,6 @@ class Attachment(Holding):
         """The volume is gone, or the daemon ends: let go of everything without touching it."""
         self.forget_connection()
         self.stop_protecting()
+        self.end_of_locks()
         self.environment.claims.drop(self.spec.name)
         await self.qsd.leave()

@@ -25,6 +25,8 @@ from storaged.supervisor import launch, opening, remoteheader
 from storaged.supervisor.holding import Holding
 from storaged.supervisor.opening import Opening
 
+_REBASE = "an image must not stand on itself: qemu-img rebase -u changes what it names"
+
 
 async def complete(held: Holding, session: Session, wanted: Opening, timeout: float) -> Opening:
     """Open what stands behind servers, down to the end of the chain, and all images below the disk's own.
@@ -62,7 +64,7 @@ class _Follower:
             reference = await self._open(wanted.source, wanted.layers[0].source, self._spec.format)
         while reference is not None:
             if len(self._images) >= MAX_CHAIN:
-                reference.fail(ErrorCode.WRONG_FORMAT, f"the chain has more than {MAX_CHAIN} images")
+                reference.fail(ErrorCode.WRONG_FORMAT, f"the chain has more than {MAX_CHAIN} images", _REBASE)
             reference = await self._go_on(reference)
         if self._known is not None and self._known != self._found:
             raise _changed()
@@ -177,7 +179,7 @@ class _Follower:
             "name the lock of a backing file", self._timeout, backend.identity, target.location, os.path.realpath
         )
         if identity in self._found:
-            reference.fail(ErrorCode.WRONG_FORMAT, "it is in this chain already: a loop")
+            reference.fail(ErrorCode.WRONG_FORMAT, "it is in this chain already: a loop", _REBASE)
         await self._lock(Opening(
             node={}, sources={identity: writable}, files=frozenset(), fingerprint=[], claims=(), unclaimed=()
         ))
@@ -221,5 +223,5 @@ def _changed() -> StoragedError:
 def _twice(identity: str) -> StoragedError:
     return StoragedError(
         ErrorCode.WRONG_FORMAT, "the chain needs a source twice, once to write to it", cause=identity,
-        hint="an image must not stand on itself: qemu-img rebase -u changes what it names",
+        hint=_REBASE,
     )
