@@ -129,7 +129,10 @@ class _Follower:
         if found is not None:
             return found
         if not name:
-            reference.fail(ErrorCode.BACKING_MISSING, "the image does not say where its data is")
+            reference.fail(
+                ErrorCode.BACKING_MISSING, "the image does not say where its data is",
+                "qemu-img amend -f qcow2 -o data_file=NAME writes the name into the header",
+            )
         if beside is None and ":" not in name:
             reference.fail(
                 ErrorCode.BACKING_NOT_ALLOWED, "the name is relative, and means nothing beside that source",

@@ -153,21 +153,29 @@ def test_an_image_of_this_host_on_one_behind_a_server(daemon: Daemon, chain: Cha
     daemon.detach("a")
 
 
-def test_the_data_of_an_image_behind_a_server_in_a_file_that_is_allowed(
-    daemon: Daemon, chain: Chain, place: Path
+@pytest.mark.parametrize("remote", [False, True], ids=["of this host", "behind a server"])
+def test_the_data_of_an_image_behind_a_server_where_it_is_allowed(
+    daemon: Daemon, chain: Chain, place: Path, remote: bool
 ) -> None:
-    data = place / "data"
+    data, below = place / "data", of(place, "data")
     chain.kill()
     run("qemu-img", "create", "-q", "-f", "qcow2", "-o", f"data_file={data},data_file_raw=on", chain.top, "16M")
+    if remote:
+        run("qemu-img", "amend", "-f", "qcow2", "-o", f"data_file={below}", chain.top)
+        chain.servers.append(NbdServer(data, socket_path=place / "data.sock", export="data"))
     os.truncate(chain.top, 32 * MIB)
     chain.start()
     refuses(daemon, ErrorCode.BACKING_NOT_ALLOWED, chain.source, format="qcow2")
-    device = daemon.device("a", chain.source, format="qcow2", options={"backing": f"allow:{data}"})
-    writes(device, MIB, OF_TOP)
-    assert daemon.show("a")["layers"][0]["data_file"] == str(data)
-    refuses(daemon, ErrorCode.SOURCE_IN_USE, data, "b", read_only=True)
+    options = {"backing-sources": below} if remote else {"backing": f"allow:{data}"}
+    writes(daemon.device("a", chain.source, format="qcow2", options=options), MIB, OF_TOP)
+    assert daemon.show("a")["layers"][0]["data_file"] == (below if remote else str(data))
+    refuses(daemon, ErrorCode.SOURCE_IN_USE, below if remote else data, "b", read_only=True)
     daemon.detach("a")
     assert data.read_bytes()[MIB:MIB + 4096] == OF_TOP
+    device = daemon.device("a", chain.source, format="qcow2", options=options, snapshot=True)
+    writes(device, MIB, OF_BASE)
+    assert data.read_bytes()[MIB:MIB + 4096] == OF_TOP
+    daemon.detach("a")
 
 
 def test_names_that_lead_nowhere(daemon: Daemon, chain: Chain) -> None:
