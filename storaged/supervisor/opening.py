@@ -50,8 +50,6 @@ class Opening:
     source: dict[str, Any] | None = None
     """A node that must be there before ``node``, which stands on it: the bytes behind a server, of which nobody has
     looked at the header of the image."""
-    remote: bool = False
-    """Behind a server: its size is all that tells whether it changed, and is known once it is open."""
     images: tuple[Image, ...] = ()
     """Those of the chain, as far as it is known before QSD runs."""
     layers: tuple[Layer, ...] = ()
@@ -210,7 +208,7 @@ def _behind_a_server(backend: NetworkBackend, location: str, spec: VolumeSpec) -
         node=tree(images, spec), images=images,
         layers=(Layer(source=location, format=spec.format, virtual_size=0),),
         sources={backend.identity(location, os.path.realpath): spec.writes_source},
-        files=frozenset(), fingerprint=[], claims=(), unclaimed=(), source=source, remote=True,
+        files=frozenset(), fingerprint=[], claims=(), unclaimed=(), source=source,
         requirements=backingsources.requirements(
             spec, replace(needed, secrets=(*needed.secrets, *_passphrase(spec)))
         ),

@@ -170,9 +170,12 @@ async def _open(held: Holding, wanted: opening.Opening, timeout: float) -> None:
             hint="find out who changes it behind the server, then attach again",
         )
     if spec.snapshot:
-        fingerprint = wanted.fingerprint
-        if wanted.remote:
-            fingerprint = [[0, sizes[blockdev.BASE], 0], *fingerprint]
+        # Of what is behind a server the size is all that tells whether it changed.
+        behind = [
+            [0, sizes[f"{blockdev.BASE}-{depth}" if depth else blockdev.BASE], 0]
+            for depth, layer in enumerate(wanted.layers) if not layer.source.startswith("/")
+        ]
+        fingerprint = [*behind, *wanted.fingerprint]
         await open_snapshot(
             spec, fingerprint, str(held.known().overlay), session, held.environment, held.source_calls, timeout
         )
