@@ -50,13 +50,12 @@ def find(name: str, spec: VolumeSpec) -> BackingSource | None:
         found = _read(_without_tree(name), spec)
     except StoragedError:
         return None
-    for place, is_prefix in _allowed(spec):
+    for place, above in _allowed(spec):
         if place.backend is not found.backend:
             continue
-        if place.location == found.location:
+        if above is None and place.location == found.location:
             return found
-        rest = found.location.removeprefix(place.location)
-        if is_prefix and rest != found.location and _PLAIN.fullmatch(rest):
+        if above is not None and found.location.startswith(above) and _PLAIN.fullmatch(found.location[len(above):]):
             return found
     return None
 
@@ -115,8 +114,8 @@ def requirements(spec: VolumeSpec, own: Requirements) -> Requirements:
     return whole
 
 
-def _allowed(spec: VolumeSpec) -> Iterator[tuple[BackingSource, bool]]:
-    """What is allowed, each with whether it stands for all below it."""
+def _allowed(spec: VolumeSpec) -> Iterator[tuple[BackingSource, str | None]]:
+    """What is allowed: a source each, and what the locations begin with that it is an example of; None for it alone."""
     for place in places(spec):
         is_prefix = place.endswith("/")
         try:
@@ -125,12 +124,13 @@ def _allowed(spec: VolumeSpec) -> Iterator[tuple[BackingSource, bool]]:
             _refuse(error.cause or error.message, error.hint)
         if isinstance(found.backend, FetchedBackend) and found.backend.is_fetched(found.options):
             _refuse(f"a source of {found.backend.name} is fetched whole", "fetch it, and allow the file")
+        above = None
         if is_prefix:
             # Of a parameter (the path of a socket, a configuration) not all below it is meant.
             if not found.location.endswith("x") or {"=", "?"} & set(found.location):
                 _refuse("what stands before the / is no place of sources", "name each source as a whole")
-            found = replace(found, location=found.location[:-1])
-        yield found, is_prefix
+            above = found.location[:-1]
+        yield found, above
 
 
 def _read(name: str, spec: VolumeSpec) -> BackingSource:

@@ -103,6 +103,22 @@ def test_a_tree_of_nodes_names_the_same_disk_as_its_source(
     assert has_pattern(cluster, disk, place)
 
 
+def test_an_image_of_this_host_on_one_of_the_cluster(
+    cluster: CephCluster, daemon: Daemon, source: str, disk: str, place: Path
+) -> None:
+    writes(daemon.device("a", source), 0, PATTERN)
+    daemon.detach("a")
+    top = place / "top.qcow2"
+    run("qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", source, "-F", "raw", top, "16M")
+    refuses(daemon, ErrorCode.BACKING_NOT_ALLOWED, top, format="qcow2", options={"backing-sources": f"rbd:{POOL}/"})
+    device = daemon.device("a", top, format="qcow2", options={"backing-sources": source})
+    assert reads(device, 0, len(PATTERN)) == PATTERN
+    writes(device, 0, bytes(len(PATTERN)))
+    refuses(daemon, ErrorCode.SOURCE_IN_USE, source, "b")
+    daemon.detach("a")
+    assert has_pattern(cluster, disk, place)
+
+
 def test_a_key_in_the_source_works_and_is_shown_nowhere(
     cluster: CephCluster, daemon: Daemon, source: str, place: Path
 ) -> None:

@@ -90,6 +90,7 @@ def test_what_qsd_must_be_given_is_that_of_all() -> None:
     whole = backingsources.requirements(spec("rbd:p/base"), own)
     assert whole.environment.keys() == {"X", "CEPH_ARGS"}
     assert backingsources.requirements(spec("nbd://h/x"), NO_REQUIREMENTS) == NO_REQUIREMENTS
+    assert backingsources.requirements(spec("rbd:p/ nbd://h/"), NO_REQUIREMENTS).environment.keys() == {"CEPH_ARGS"}
 
 
 @pytest.mark.parametrize("allowed", [
