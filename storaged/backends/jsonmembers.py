@@ -36,6 +36,8 @@ class Members:
         value = self._left.pop(key, None)
         if value is not None and not isinstance(value, str):
             refuse(f"{self.path_of(key)} is no text", "write it in double quotes")
+        if value is not None and ("\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value)):
+            refuse(f"{self.path_of(key)} holds a NUL character, or is no UTF-8", "QMP carries nothing else: rename it")
         return value
 
     def needed(self, key: str) -> str:

@@ -207,6 +207,7 @@ def test_a_tree_without_a_format_leaves_it_to_the_option() -> None:
     'json:{"driver":"nbd","server":{"type":"inet","host":"h","port":-1}}',
     'json:{"driver":"nbd","server":{"type":"inet","host":"h/x","port":"1"}}',
     'json:{"driver":"file","filename":"/a","read-only":"perhaps"}',
+    'json:{"driver":"nbd","host":"h","export":"\\ud800"}', 'json:{"driver":"file","filename":"/a\\u0000"}',
 ], ids=lambda text: text[:60])
 def test_what_is_no_tree_of_a_disk_is_refused(text: str) -> None:
     assert refusal(text).code is ErrorCode.INVALID_SOURCE
@@ -342,3 +343,36 @@ def test_the_command_line_makes_names_of_files_absolute() -> None:
     assert json.loads(found.removeprefix("json:"))["file.filename"] == "/srv/a b"
     for text in ("json:{", 'json:{"a":1,"a":2}', 'json:{"driver": "nbd", "host": "filename"}'):
         assert absolute_source(text, cwd="/srv") == text
+
+
+LEAVES = st.one_of(
+    st.none(), st.booleans(), st.integers(-2, 10**25), st.floats(), st.just(SECRET), st.just(f"/{SECRET}"), st.just(""),
+    st.sampled_from([*DRIVERS, "raw", "qcow2", "luks", "inet", "unix", "on", "\0", "\ud800", "[", "%"]),
+)
+#: Members of nodes and of what is in them, in no order and with no sense.
+MEMBERS = (
+    "filename", "export", "url", "username", "pool", "namespace", "image", "snapshot", "portal", "target", "lun",
+    "user", "volume", "path", "host", "port", "read-only", "cache.direct", "cache", "timeout", "readahead", "discard",
+    "conf", "inode",
+    "size", "etcd-host", "aio", "server", "server.host", "server.port", "server.type", "server.path", "server.0.host",
+    "server.0.type", "server.0.port", "host-key-check.mode", "host-key-check.hash", "encrypt.format", "x",
+    "reconnect-delay", "initiator-name", "transport", "sslverify", "password-secret",
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from([*DRIVERS, "raw", SECRET]),
+    st.lists(st.tuples(st.sampled_from(MEMBERS), LEAVES), max_size=8, unique_by=lambda pair: pair[0]), st.booleans(),
+)
+def test_whatever_is_in_a_tree_is_read_or_refused(driver: str, members: list[tuple[str, object]], below: bool) -> None:
+    node = {"driver": driver, **dict(members)}
+    try:
+        read = read_tree("json:" + json.dumps({"driver": "qcow2", "file": node} if below else node), {})
+        find_backend(read.source).parse(read.source, read.options)
+    except StoragedError as failure:
+        found = failure
+    else:
+        return
+    assert found.code in (ErrorCode.INVALID_SOURCE, ErrorCode.INVALID_ARGUMENT, ErrorCode.UNSUPPORTED)
+    assert found.hint
