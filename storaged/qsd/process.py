@@ -43,11 +43,12 @@ def find_binary(binary: str) -> str:
 
 def spawn(
     binary: str, directory: str, listener: socket.socket, keep: Sequence[int],
-    further: Mapping[str, str] | None = None, *, objects: Sequence[Mapping[str, Any]] = (),
+    further: Mapping[str, str] | None = None, *, objects: Sequence[Mapping[str, Any]] = (), secret: bool = False,
 ) -> tuple[int, int]:
     """Start QSD with nothing but ``objects`` and its QMP monitor on ``listener``, and return its pid and a pidfd.
 
-    Each of the ``objects`` is what object-add takes. Everybody can read them: no secrets.
+    Each of the ``objects`` is what object-add takes. Everybody can read them: no secrets. With ``secret``, some will
+    come by the monitor, and the process writes no core.
 
     The first client must be in the backlog of ``listener`` already: QSD waits for it, so that nobody has to wait
     for a file to appear. The descriptors ``keep`` (source locks, claims) are inherited and live as long as the
@@ -82,6 +83,8 @@ def spawn(
                 hint="install qemu-storage-daemon again, or set qsd.binary in storaged.toml",
             ) from error
     protection.spare(child.pid)
+    if secret:
+        protection.write_no_core(child.pid)
     # It is watched and collected through its pidfd; Popen must neither wait for it nor warn about it.
     child.returncode = 0
     # A child that was not collected keeps its number, even when it is dead already.
