@@ -32,8 +32,8 @@ class Verifier:
         options = [*(["--mark", str(mark)] if mark else []), *(["--journal", str(journal)] if journal else [])]
         self._answers: queue.Queue[str] = queue.Queue()
         self.process = subprocess.Popen(
-            # It keeps the device busy with what of the processors nobody else wants, so that a daemon that starts beside
-            # it does not take twice as long.
+            # It keeps the device busy with what of the processors nobody else wants: a daemon that starts beside it
+            # is not held up.
             ["nice", sys.executable, "-m", "tests.vm.faults.verifier", path, f"--blocks={BLOCKS}", f"--depth={depth}",
              *options],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=CHECKOUT,
