@@ -184,7 +184,8 @@ def _growth(volume: dict[str, Any]) -> str | None:
     size = volume.get("source_size")
     if not isinstance(size, int):
         return None
-    return f"{format_size(size)} ({size} bytes): the source; storaged resize {volume.get('name')} takes them"
+    takes = "" if volume.get("transport") == "nbd" or volume.get("read_only") else "; storaged resize takes them"
+    return f"{format_size(size)} ({size} bytes): the source{takes}"
 
 
 def _condition_facts(condition: dict[str, Any], now: float) -> list[tuple[str, object]]:

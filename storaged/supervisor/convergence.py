@@ -15,6 +15,7 @@ from storaged.model.plan import DOING, RESCUES, Device, Goal, Observed, Qsd, Ste
 from storaged.model.recovery import STABLE_AFTER, backoff
 from storaged.model.spec import Desired
 from storaged.model.states import State, state_of
+from storaged.supervisor import growing
 from storaged.supervisor.actor import Actor
 from storaged.supervisor.attachment import Attachment
 from storaged.supervisor.environment import Environment
@@ -158,7 +159,8 @@ class Convergence(Actor):
         record = self.attachment.record
         size = record.source_size if record is not None else 0
         if size and size != self._told_size:
-            message = f"the source has {size} bytes by now; storaged resize {self.name} takes them"
+            how = growing.how_to_take(record, self.attachment.transport) if record is not None else ""
+            message = f"the source has {size} bytes by now; {how}"
             self._journal.add(Happening.GROWN, message)
             self._emit("note", message)
         self._told_size = size

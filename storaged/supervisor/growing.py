@@ -32,7 +32,7 @@ def check(record: Record, transport: Transport, present: int, size: int) -> None
         raise StoragedError(ErrorCode.INVALID_SIZE, f"{size} is no multiple of the block size")
     if size == present:
         return
-    if not (transport.grows and record.settings.get("grows", 1)):
+    if not _can_follow(record, transport):
         raise StoragedError(
             ErrorCode.UNSUPPORTED, f"a volume on {record.transport} cannot grow while it is attached",
             cause="QEMU does not resize a disk that it exports in this way",
@@ -42,6 +42,17 @@ def check(record: Record, transport: Transport, present: int, size: int) -> None
         raise StoragedError(
             ErrorCode.UNSUPPORTED, "a read-only volume cannot grow", hint="detach it, and attach it again"
         )
+
+
+def _can_follow(record: Record, transport: Transport) -> bool:
+    return transport.grows and bool(record.settings.get("grows", 1))
+
+
+def how_to_take(record: Record, transport: Transport) -> str:
+    """Say how a volume gets what its source has grown by."""
+    if _can_follow(record, transport) and not record.spec.read_only:
+        return f"storaged resize {record.spec.name} takes them"
+    return "the volume has them when it is detached and attached again"
 
 
 def check_source(source: int, size: int) -> None:
@@ -60,11 +71,12 @@ async def grow(held: Holding, size: int | None, timeout: float) -> int:
     """
     session, spec = await held.qsd.session(), held.spec
     nodes = await session.node_names()
-    present, source = min(nodes[blockdev.DISK], held.known().size), nodes.get(blockdev.FULL)
+    present = min(nodes[blockdev.DISK], held.known().size)
     if size is not None:
         check(held.known(), held.transport, present, size)
+    source = await _look(held, session, nodes, size, timeout)
     if source is None:
-        source = await _look(held, session, nodes, size, timeout)
+        source = nodes.get(blockdev.FULL)  # at least so much
     if size is None:
         if source is None:
             raise StoragedError(

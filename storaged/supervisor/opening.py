@@ -53,6 +53,8 @@ class Opening:
     """Bytes of a raw disk of this host; of others QSD tells when it has opened them."""
     remote: bool = False
     """Behind a server: its size is all that tells whether it changed, and is known once it is open."""
+    safe_when_acknowledged: bool = False
+    """What a dead QSD had acknowledged needs no flush by its successor."""
 
     @property
     def secrets(self) -> tuple[Secret, ...]:
@@ -159,6 +161,7 @@ def _behind_a_server(backend: NetworkBackend, location: str, spec: VolumeSpec) -
         node=_tree([Image(spec.format, protocol, encrypted="encrypt" in spec.options)], spec),
         sources={backend.identity(location, os.path.realpath): spec.writes_source},
         files=frozenset(), fingerprint=[], claims=(), unclaimed=(), source=source, remote=True,
+        safe_when_acknowledged=backend.safe_when_acknowledged,
         requirements=replace(needed, secrets=(*needed.secrets, *_passphrase(spec))),
     )
 

@@ -16,7 +16,7 @@ from storaged.model import blockdev
 from storaged.model.sizes import format_size
 from storaged.model.states import State
 from storaged.qsd.session import Session
-from storaged.supervisor import launch, opening, remoteheader
+from storaged.supervisor import fingerprint, launch, opening, remoteheader
 from storaged.supervisor.holding import Holding, Told
 from storaged.supervisor.snapshot import open_snapshot
 
@@ -164,11 +164,9 @@ async def _open(held: Holding, wanted: opening.Opening, timeout: float) -> None:
             hint="find out who changes it behind the server, then attach again",
         )
     if spec.snapshot:
-        fingerprint = wanted.fingerprint
-        if wanted.remote:
-            fingerprint = [[0, sizes[blockdev.BASE], 0]]
+        below = [[0, sizes[blockdev.BASE], 0]] if wanted.remote else wanted.fingerprint
         await open_snapshot(
-            spec, fingerprint, str(held.known().overlay), session, held.environment, held.source_calls, timeout
+            spec, below, str(held.known().overlay), session, held.environment, held.source_calls, timeout
         )
         sizes = await session.node_names()
     size, source_size, top = sizes[blockdev.DISK], 0, blockdev.DISK
@@ -196,7 +194,8 @@ async def _open(held: Holding, wanted: opening.Opening, timeout: float) -> None:
             ErrorCode.SOURCE_CHANGED, f"the disk has {size} bytes by now, its device {had}",
             hint="bring the old size back; or detach the volume (--force) and attach it again",
         )
-    if held.known().size and spec.writes_source and not spec.keeps_writes_in_memory:
+    owes = spec.writes_source and not spec.keeps_writes_in_memory and not wanted.safe_when_acknowledged
+    if held.known().size and owes:
         # Before the record says that it is open: who adopts it then would not do this any more.
         await _owe_a_flush(held, session, top, source_size or size, timeout)
     if source_size:
@@ -204,8 +203,32 @@ async def _open(held: Holding, wanted: opening.Opening, timeout: float) -> None:
             blockdev.clipped_node(size, read_only=not spec.writes_source, cache=opening.cache_flags(spec)),
             timeout=timeout,
         )
+    which = await _tell_disk(held, wanted, timeout)
     # Once it is exported it may acknowledge writes: that it does waits for this to be on the disk.
-    held.note_meanwhile(size=size, source_size=source_size, settled=False)
+    held.note_meanwhile(size=size, source_size=source_size, fingerprint=which, settled=False)
+
+
+async def _tell_disk(held: Holding, wanted: opening.Opening, timeout: float) -> str:
+    """Return what tells this disk from others of its name, once QSD has it open, so that it is that one.
+
+    Raises SOURCE_CHANGED where it is another one than before; OPEN_FAILED where nobody tells, and somebody did before.
+    """
+    record = held.known()
+    if not wanted.remote:
+        return ""
+    patience = min(timeout / 2, fingerprint.PATIENCE)
+    try:
+        found = await held.source_calls(
+            "ask which disk this is", patience + 1, fingerprint.ask, held.spec, held.directory, patience
+        )
+    except StoragedError as error:
+        if record.fingerprint and error.code is not ErrorCode.UNSUPPORTED:
+            raise
+        held.notes.append(f"{error}; {error.hint}")
+        log.warning("volume %s: %s", held.spec.name, held.notes[-1])
+        return record.fingerprint
+    fingerprint.compare(record, found)
+    return found
 
 
 async def _open_in_full(

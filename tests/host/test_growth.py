@@ -68,7 +68,7 @@ def test_a_source_that_has_grown_is_served_at_its_old_size_until_a_resize(
     (told,) = grown_entries(daemon)
     assert f"{NEW} bytes" in str(told["message"])
     assert "storaged resize a" in str(told["message"])
-    assert "storaged resize a" in daemon.cli("show", "a").stdout
+    assert "storaged resize takes them" in daemon.cli("show", "a").stdout
     daemon.cli("resize", "a")
     assert size_of(daemon) == daemon.show("a")["size"] == NEW
     assert daemon.show("a")["source_size"] is None
@@ -89,7 +89,7 @@ def test_a_growth_is_told_once(daemon: Daemon, place: Path) -> None:
     assert daemon.show("a")["source_size"] == NEW
 
 
-@pytest.mark.parametrize("format", ["qcow2", "qed", "luks"])
+@pytest.mark.parametrize("format", ["qcow2", "luks"])
 def test_an_image_that_was_resized_behind_our_back_is_served_at_its_old_size(
     daemon: Daemon, place: Path, format: str
 ) -> None:
@@ -100,7 +100,8 @@ def test_an_image_that_was_resized_behind_our_back_is_served_at_its_old_size(
         key.write_text("geheim")
         key.chmod(0o600)
         secret = f"secret,id=k,file={key}"
-        run("qemu-img", "create", "-q", "-f", "luks", "--object", secret, "-o", "key-secret=k,iter-time=10", source, OLD)
+        options = ("--object", secret, "-o", "key-secret=k,iter-time=10")
+        run("qemu-img", "create", "-q", "-f", "luks", *options, source, OLD)
         wishes = {"options": {"key-file": str(key)}}
     else:
         image(source, format, str(OLD))
