@@ -159,6 +159,11 @@ def test_an_export_that_the_server_does_not_have(server: NbdServer, daemon: Daem
     assert "export not available" in error.cause
 
 
+def test_an_empty_disk_is_refused(server: NbdServer, daemon: Daemon, source: str, disk: Path) -> None:
+    grows(server, disk, 0)
+    refuses(daemon, ErrorCode.INVALID_SIZE, source)
+
+
 def test_a_silent_server_is_given_up_at_the_deadline(daemon: Daemon, place: Path) -> None:
     with socket.socket(socket.AF_UNIX) as silent:
         silent.bind(str(place / "silent"))

@@ -208,6 +208,11 @@ def test_a_wrong_name(cluster: CephCluster, daemon: Daemon, name: str, code: Err
     assert message in refuses(daemon, code, source, read_only="@" in name).message
 
 
+def test_an_empty_image_is_refused(cluster: CephCluster, daemon: Daemon) -> None:
+    name = cluster.image("empty", size="0")
+    refuses(daemon, ErrorCode.INVALID_SIZE, f"rbd:{POOL}/{name}:conf={cluster.conf}")
+
+
 def test_a_configuration_file_that_is_none(daemon: Daemon, place: Path) -> None:
     (place / "bad.conf").write_text("nonsense\n")
     error = refuses(daemon, ErrorCode.OPEN_FAILED, f"rbd:rbd/x:conf={place}/bad.conf")

@@ -69,6 +69,11 @@ def test_a_file_is_used_and_the_servers_own_client_reads_it(
     assert (place / "file").read_bytes() == PATTERN
 
 
+def test_an_empty_file_is_refused(server: SshServer, daemon: Daemon, source: str, disk: Path) -> None:
+    os.truncate(disk, 0)
+    refuses(daemon, ErrorCode.INVALID_SIZE, source, options=server.options)
+
+
 def test_the_key_is_seen_nowhere_and_the_agent_goes_with_the_volume(
     server: SshServer, daemon: Daemon, source: str
 ) -> None:
