@@ -17,6 +17,8 @@ from storaged.transports.base import Transport
 _CAN_CUT = frozenset({"file", "gluster", "nfs", "rbd", "ssh"})
 #: One whose truncation changes nothing but what QSD believes (vitastor_co_truncate in Vitastor's qemu_driver.c).
 _BELIEVES = frozenset({"vitastor"})
+#: One that writes a zero at the new end to get there, over what is there by now (ssh_grow_file in block/ssh.c).
+_WRITES = frozenset({"ssh"})
 
 
 def check(record: Record, transport: Transport, present: int, size: int) -> None:
@@ -96,9 +98,21 @@ async def grow(held: Holding, size: int | None, timeout: float) -> int:
         )
     if size > present:
         # To the size that the source has already, this only tells whoever uses the disk.
-        await session.execute("block_resize", {"node-name": blockdev.DISK, "size": size}, timeout=timeout)
+        try:
+            await session.execute("block_resize", {"node-name": blockdev.DISK, "size": size}, timeout=timeout)
+        except StoragedError as error:
+            if error.code is ErrorCode.UNSUPPORTED and source is not None and size <= source:
+                raise _unseen(spec.name, error.cause) from error
+            raise
         await held.note(size=size, source_size=0)
     return size
+
+
+def _unseen(name: str, cause: str) -> StoragedError:
+    return StoragedError(
+        ErrorCode.UNSUPPORTED, "qemu-storage-daemon has not noticed that the source has grown", cause=cause,
+        hint=f"storaged upgrade {name} opens the source anew; then storaged resize {name} takes what it has",
+    )
 
 
 async def _look(held: Holding, session: Session, nodes: dict[str, int], size: int | None, timeout: float) -> int | None:
@@ -123,6 +137,8 @@ async def _look(held: Holding, session: Session, nodes: dict[str, int], size: in
         source = (await session.node_names(timeout=timeout))[blockdev.LOOK]
     finally:
         await session.execute("blockdev-del", {"node-name": blockdev.LOOK}, timeout=timeout)
+    if driver in _WRITES and source > nodes.get(blockdev.FULL, nodes[blockdev.DISK]):
+        raise _unseen(held.spec.name, "its driver would write over the end of what was added")
     if driver in _BELIEVES and size is not None and size > source:
         raise StoragedError(
             ErrorCode.UNSUPPORTED, f"QEMU's driver {driver} cannot resize an image",

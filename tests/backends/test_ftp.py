@@ -59,7 +59,7 @@ def is_read(daemon: Daemon, source: str, disk: Path, **options: str) -> None:
 def test_an_empty_file_is_refused(server: FtpServer, daemon: Daemon) -> None:
     """The server's size of 0 does not come through libcurl, and nobody knows then whether that was all."""
     os.truncate(server.root / "disk.raw", 0)
-    refuses(daemon, ErrorCode.OPEN_FAILED, f"{server.url}/disk.raw", read_only=True, options=WHOLE)
+    refuses(daemon, ErrorCode.UNSUPPORTED, f"{server.url}/disk.raw", read_only=True, options=WHOLE)
 
 
 def test_a_file_of_an_ftp_server(server: FtpServer, daemon: Daemon, place: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from storaged.errors import ErrorCode
 from tests.backends.servers import EXPORT, Load, NbdServer, network
-from tests.harness import Daemon, as_json, eventually, image, mounted, reads, refuses, run, writes
+from tests.harness import Daemon, as_json, error_of, eventually, image, mounted, reads, refuses, run, writes
 
 MIB = 1 << 20
 PATTERN = bytes(range(256)) * 256
@@ -398,6 +398,26 @@ def test_a_disk_that_has_grown_is_taken_over_while_qsd_goes_on_once_it_is_connec
     assert size_of(device) == 64 * MIB
     daemon.cli("resize", "a")
     assert size_of(device) == 128 * MIB
+
+
+def test_a_disk_of_which_qsd_has_not_noticed_that_it_has_grown_needs_another_qsd(
+    daemon: Daemon, place: Path, disk: Path, source: str
+) -> None:
+    """nbdkit looks at the file for each client: those that are connected keep the size that they were told."""
+    server = NbdServer(disk, socket_path=place / "nbd sock")
+    server.run("nbdkit", "-f", "-U", str(place / "nbd sock"), "file", str(disk))
+    try:
+        daemon.attach("a", source)
+        os.truncate(disk, 128 * MIB)
+        error = error_of(lambda: daemon.call("Resize", name="a"))
+        assert error.code is ErrorCode.UNSUPPORTED
+        assert "storaged upgrade a" in error.hint
+        daemon.call("Upgrade", name="a")
+        assert size_of(daemon.show("a")["device"]) == 64 * MIB
+        daemon.call("Resize", name="a")
+        assert size_of(daemon.show("a")["device"]) == 128 * MIB
+    finally:
+        server.kill()
 
 
 def test_a_snapshot_does_not_mind_that_its_source_has_grown(
