@@ -157,12 +157,7 @@ async def _open(held: Holding, wanted: opening.Opening, timeout: float) -> None:
     )
     if not as_wanted:
         raise _replaced()
-    if wanted.source is not None and not sizes.keys() <= {blockdev.DISK, blockdev.BASE, blockdev.SOURCE}:
-        # Its header was another one when QEMU read it, and named a file of this host.
-        raise StoragedError(
-            ErrorCode.SOURCE_CHANGED, "the image was changed while it was opened, and needs another file",
-            hint="find out who changes it behind the server, then attach again",
-        )
+    _refuse_further_files(wanted, sizes)
     if spec.snapshot:
         below = [[0, sizes[blockdev.BASE], 0]] if wanted.remote else wanted.fingerprint
         await open_snapshot(
@@ -243,10 +238,22 @@ async def _open_in_full(
     in_full = replace(wanted, node={**wanted.node, "node-name": blockdev.FULL})
     if not await _add_and_look(held, session, in_full, timeout):
         raise _replaced()
-    size = (await session.node_names(timeout=timeout)).get(blockdev.FULL, 0)
-    if size < kept:
+    sizes = await session.node_names(timeout=timeout)
+    _refuse_further_files(wanted, sizes)
+    if sizes[blockdev.FULL] < kept:
         raise _replaced()
-    return size
+    return sizes[blockdev.FULL]
+
+
+def _refuse_further_files(wanted: opening.Opening, nodes: dict[str, int]) -> None:
+    """Of an image behind a server, the header may have been another one when QEMU read it, and named a file of ours."""
+    if wanted.source is not None and not nodes.keys() <= {
+        blockdev.DISK, blockdev.FULL, blockdev.BASE, blockdev.SOURCE
+    }:
+        raise StoragedError(
+            ErrorCode.SOURCE_CHANGED, "the image was changed while it was opened, and needs another file",
+            hint="find out who changes it behind the server, then attach again",
+        )
 
 
 def _replaced() -> StoragedError:
