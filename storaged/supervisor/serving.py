@@ -15,6 +15,7 @@ from storaged.host import disk, process
 from storaged.model import blockdev
 from storaged.model.sizes import format_size
 from storaged.model.states import State
+from storaged.observe.journald import about
 from storaged.qsd.session import Session
 from storaged.supervisor import fingerprint, launch, opening, remoteheader
 from storaged.supervisor.holding import Holding, Told
@@ -220,7 +221,7 @@ async def _tell_disk(held: Holding, wanted: opening.Opening, timeout: float) -> 
         if record.fingerprint and error.code is not ErrorCode.UNSUPPORTED:
             raise
         held.notes.append(f"{error}; {error.hint}")
-        log.warning("volume %s: %s", held.spec.name, held.notes[-1])
+        log.warning("volume %s: %s", held.spec.name, held.notes[-1], extra=about(held.spec.name))
         return record.fingerprint
     fingerprint.compare(record, found)
     return found
@@ -287,7 +288,7 @@ async def _owe_a_flush(held: Holding, session: Session, node: str, size: int, ti
             raise
         log.warning(
             "volume %s: what was acknowledged before may not be flushed by the next flush, but only by one after a "
-            "write: %s", held.spec.name, error.cause or error,
+            "write: %s", held.spec.name, error.cause or error, extra=about(held.spec.name),
         )
 
 
