@@ -141,7 +141,7 @@ def _note_all(name: str, notes: list[Any]) -> None:
 
 
 def _resize(args: argparse.Namespace) -> int:
-    _request(args, "Resize", {"name": args.name, "size": parse_size(args.size)})
+    _request(args, "Resize", _said({"name": args.name, "size": args.size and parse_size(args.size)}))
     return 0
 
 

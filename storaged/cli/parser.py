@@ -70,7 +70,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = _command(commands, "resize", "grow a volume and its device")
     _name(command, "the volume")
-    command.add_argument("size", metavar="SIZE", help="the new size: bytes, or a number with K, M, G, T or P")
+    command.add_argument(
+        "size", metavar="SIZE", nargs="?",
+        help="the new size: bytes, or a number with K, M, G, T or P (default: what its source has by now)",
+    )
 
     _trouble(commands)
 

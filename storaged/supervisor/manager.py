@@ -109,8 +109,8 @@ class Manager:
         if actor is not None and self._volumes.get(volume.spec.name) is volume:
             await asyncio.wait({actor})
 
-    async def resize(self, name: str, size: int, timeout: float | None) -> Volume:
-        """Grow a volume to ``size`` bytes."""
+    async def resize(self, name: str, size: int | None, timeout: float | None) -> Volume:
+        """Grow a volume to ``size`` bytes, or to all that its source has by now."""
         volume = self.get(name)
         await volume.resize(size, timeout or self.environment.config.attach_timeout)
         return volume

@@ -78,6 +78,11 @@ def test_a_file_is_used_and_lies_in_the_brick_which_may_be_stopped_meanwhile(
     load.is_in(disk)
 
 
+def test_an_empty_file_is_refused(server: GlusterServer, daemon: Daemon, disk: Path) -> None:
+    os.truncate(disk, 0)
+    refuses(daemon, ErrorCode.INVALID_SIZE, of(server))
+
+
 def test_the_brick_is_killed_and_the_volume_comes_back_with_it(
     server: GlusterServer, daemon: Daemon, disk: Path
 ) -> None:

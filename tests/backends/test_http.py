@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import time
@@ -59,6 +60,12 @@ def test_a_file_of_a_web_server(server: Nginx, daemon: Daemon, place: Path, disk
         assert (directory / "file").read_bytes() == (place / "content/file").read_bytes()
     run("cmp", device, disk)
     daemon.detach("a")
+
+
+def test_an_empty_file_is_refused(server: Nginx, daemon: Daemon, disk: Path) -> None:
+    os.truncate(disk, 0)
+    refuses(daemon, ErrorCode.INVALID_SIZE, f"{server.url}/disk.raw", read_only=True, options=WHOLE)
+    assert leftovers(daemon.root) == []
 
 
 def test_a_name_that_has_to_be_escaped(server: Nginx, daemon: Daemon, place: Path, disk: Path) -> None:
