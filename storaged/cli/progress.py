@@ -15,6 +15,8 @@ from storaged.errors import StoragedError
 
 #: A request that is answered within this many seconds shows nothing.
 QUIET = 1.0
+#: Seconds between two lines on how far something is, where there is no terminal.
+_LINE_EVERY = 10.0
 
 
 class Display(Protocol):
@@ -35,6 +37,70 @@ class Lines:
 class _Silence:
     def show(self, text: str) -> None:
         pass
+
+
+class Bar:
+    """How far one long thing is: a bar on a terminal, elsewhere a line now and then. Nothing in the first second."""
+
+    def __init__(self, what: str, *, lines: bool = True) -> None:
+        self._what = what
+        self._lines = lines and not _is_terminal()
+        self._begun = self._told = time.monotonic()
+        self._bar: Any = None
+
+    def at(self, percentage: float) -> None:
+        """Show how far it is."""
+        self._show(self._what, percentage)
+
+    def doing(self, what: str) -> None:
+        """Show what is being done that does not tell how far it is."""
+        self._show(what, None)
+
+    def end(self) -> None:
+        """Show nothing any more."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _show(self, what: str, percentage: float | None) -> None:
+        now = time.monotonic()
+        if self._lines:
+            if now >= self._told + _LINE_EVERY:
+                self._told = now
+                render.note(f"storaged: {render.clean(what)}{'' if percentage is None else f': {percentage:.0f}%'}")
+            return
+        if not _is_terminal():
+            return
+        if self._bar is None:
+            # What shows no percentage says nothing more later: it cannot wait until the first second is over.
+            if percentage is not None and now < self._begun + QUIET:
+                return
+            self._bar = _rich_bar()
+            if self._bar is None:
+                self._lines = True
+                return
+            self._bar.start()
+            self._bar.add_task(render.clean(what), total=100.0)
+        self._bar.update(
+            self._bar.task_ids[0], description=render.clean(what), total=None if percentage is None else 100.0,
+            completed=percentage or 0.0,
+        )
+
+
+def _rich_bar() -> Any:
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    except ImportError:
+        return None
+    return Progress(
+        TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
+        console=Console(stderr=True, highlight=False), transient=True,
+    )
+
+
+def _is_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 def wait_for_reply(
