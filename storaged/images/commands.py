@@ -84,10 +84,14 @@ def info(task: Task, wish: Wish, *, backing_chain: bool, force_share: bool, as_j
 
 def _layers(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Each image of a chain by itself."""
-    below = node.get("backing")
-    yield {**node, "backing": None} if "backing" in node else node
-    if below is not None:
-        yield from _layers(below)
+    yield _top(node)
+    if node.get("backing") is not None:
+        yield from _layers(node["backing"])
+
+
+def _top(node: dict[str, Any]) -> dict[str, Any]:
+    """An image without those below it: ``qemu-img info`` takes no others (BDRV_O_NO_BACKING)."""
+    return {**node, "backing": None} if "backing" in node else node
 
 
 def _with_image(text: str, shown: str) -> str:
@@ -103,7 +107,8 @@ def check(task: Task, wish: Wish, *, repair: str | None, as_json: bool) -> tuple
         task.doing(f"checking {one.shown()}")
         # 2: it is corrupt; 3: it has leaks (docs/tools/qemu-img.rst).
         outcome = run("check", [*words, given.names[one.spec.name]], given, accept=(0, 2, 3))
-    text = outcome.text
+    # What is wrong stands on stderr, a line each, and how much it is on stdout.
+    text = outcome.talk + outcome.text
     if as_json:
         text = json.dumps({**_json(outcome, dict), "filename": one.shown()}, indent=4)
     return text.rstrip("\n"), outcome.status == 0
@@ -238,7 +243,7 @@ def _json(outcome: Outcome, kind: type[Any]) -> Any:
 
 def virtual_size(one: Operand, given: Provided) -> int:
     """The size of the disk in an image that is open, in bytes."""
-    name = arguments.filename(given.nodes[one.spec.name])
+    name = arguments.filename(_top(given.nodes[one.spec.name]))
     return int(_json(run("info", ["--output=json", name], given), dict)["virtual-size"])
 
 

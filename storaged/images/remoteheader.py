@@ -19,7 +19,6 @@ from storaged.images.operand import Operand
 from storaged.images.process import failure
 from storaged.images.provide import Provided
 from storaged.model.headers import read_header
-from storaged.supervisor.remoteheader import refuse_references
 
 _EXPORT = "header"
 #: Seconds for the server to let us in, and for its header.
@@ -34,6 +33,9 @@ def check(operand: Operand, given: Provided) -> None:
     """
     if operand.opened.source is None:
         return
+    # Not at the top: with it comes all of the daemon's way to QSD, which most commands do without.
+    from storaged.supervisor.remoteheader import refuse_references
+
     beside = os.path.join(os.path.dirname(os.path.realpath(given.program)), "qemu-nbd")
     program = shutil.which(beside) or shutil.which("qemu-nbd")
     if program is None:
