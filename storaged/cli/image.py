@@ -181,7 +181,8 @@ def run(args: argparse.Namespace, layout: Layout) -> int:
     from storaged.images.commands import Task
 
     command: str = args.image_command
-    bar = progress.Bar(f"{command} {args.source}", lines=not getattr(args, "json", False))
+    # Not with the source, which may hold a password.
+    bar = progress.Bar(f"image {command}", lines=not getattr(args, "json", False))
 
     def spoilt(what: str) -> None:
         bar.end()
@@ -195,7 +196,7 @@ def run(args: argparse.Namespace, layout: Layout) -> int:
             except KeyboardInterrupt:
                 bar.end()
                 if command in _IN_PLACE or getattr(args, "repair", None):
-                    render.note(f"storaged: interrupted; look with: storaged image check {render.clean(args.source)}")
+                    render.note("storaged: interrupted; storaged image check tells what became of the image")
                 else:
                     render.note("storaged: interrupted")
                 raise

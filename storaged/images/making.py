@@ -81,7 +81,8 @@ def convert(task: Task, wish: Wish, target: Wish, manner: Manner, backing: Backi
                     run("convert", [*words, *names], given, progress=task.progress)
                     flush(given.nodes[full.spec.name])
                 except BaseException:
-                    if not is_new:
+                    if full.local_path is None or not is_new:
+                        # What was made behind a server, QEMU cannot remove.
                         task.spoilt(full.shown())
                     raise
             return not is_new

@@ -44,6 +44,8 @@ class Provided:
     program: str
     directory: str
     """Its working directory."""
+    directory_fd: int
+    """A descriptor of it, inherited: names in it can be said shortly, as /proc/self/fd/N/NAME."""
     objects: list[str] = field(default_factory=list)
     """Words of its command line."""
     environment: dict[str, str] = field(default_factory=dict)
@@ -64,7 +66,7 @@ def provided(
     ``shares``: take no lock, for who only looks at a header that somebody else may change meanwhile.
     Raises SOURCE_IN_USE, OPEN_FAILED, UNSUPPORTED, QSD_MISSING.
     """
-    found = Provided(find_program(operands, config), place.path)
+    found = Provided(find_program(operands, config), place.path, place.lock)
     found.environment = {key: os.environ[key] for key in _ENVIRONMENT if key in os.environ}
     found.environment["TMPDIR"] = os.path.join(place.path, "tmp")
     with contextlib.ExitStack() as stack:

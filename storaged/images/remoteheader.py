@@ -44,9 +44,10 @@ def check(operand: Operand, given: Provided) -> None:
     path = os.path.join(given.directory, "header.sock")
     guard = [found, "--pdeathsig", "KILL", "--"] if (found := shutil.which("setpriv")) else []
     child = subprocess.Popen(
-        # Named in its working directory: the whole path may be too long for a socket.
-        [*guard, program, "--read-only", "--socket", os.path.join(".", "header.sock"), "--export-name", _EXPORT,
-         *given.objects, arguments.filename({"driver": "raw", "read-only": True, "file": protocol})],
+        # The whole path may be too long for a socket.
+        [*guard, program, "--read-only", "--socket", f"/proc/self/fd/{given.directory_fd}/header.sock",
+         "--export-name", _EXPORT, *given.objects,
+         arguments.filename({"driver": "raw", "read-only": True, "file": protocol})],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=given.directory,
         env=given.environment, pass_fds=given.inherited, start_new_session=True,
     )
