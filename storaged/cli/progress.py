@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import select
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -43,10 +44,13 @@ class Bar:
     """How far one long thing is: a bar on a terminal, elsewhere a line now and then. Nothing in the first second."""
 
     def __init__(self, what: str, *, lines: bool = True) -> None:
-        self._what = what
-        self._lines = lines and not _is_terminal()
-        self._begun = self._told = time.monotonic()
+        self._what, self._percentage = what, -1.0
+        self._lines = lines
         self._bar: Any = None
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        # What hangs says nothing by itself.
+        threading.Thread(target=self._watch, daemon=True).start()
 
     def at(self, percentage: float) -> None:
         """Show how far it is."""
@@ -54,37 +58,38 @@ class Bar:
 
     def doing(self, what: str) -> None:
         """Show what is being done that does not tell how far it is."""
-        self._show(what, None)
+        self._show(what, -1.0)
 
     def end(self) -> None:
         """Show nothing any more."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        self._ended.set()
+        with self._lock:
+            if self._bar is not None:
+                self._bar.stop()
+                self._bar = None
 
-    def _show(self, what: str, percentage: float | None) -> None:
-        now = time.monotonic()
-        if self._lines:
-            if now >= self._told + _LINE_EVERY:
-                self._told = now
-                render.note(f"storaged: {render.clean(what)}{'' if percentage is None else f': {percentage:.0f}%'}")
+    def _watch(self) -> None:
+        if self._ended.wait(QUIET):
             return
-        if not _is_terminal():
-            return
-        if self._bar is None:
-            # What shows no percentage says nothing more later: it cannot wait until the first second is over.
-            if percentage is not None and now < self._begun + QUIET:
-                return
-            self._bar = _rich_bar()
-            if self._bar is None:
-                self._lines = True
-                return
-            self._bar.start()
-            self._bar.add_task(render.clean(what), total=100.0)
-        self._bar.update(
-            self._bar.task_ids[0], description=render.clean(what), total=None if percentage is None else 100.0,
-            completed=percentage or 0.0,
-        )
+        with self._lock:
+            if not self._ended.is_set() and sys.stderr is not None and sys.stderr.isatty():
+                self._bar = _rich_bar()
+            if self._bar is not None:
+                self._bar.start()
+                self._bar.add_task("")
+        self._show(self._what, self._percentage)
+        while self._lines and self._bar is None and not self._ended.wait(_LINE_EVERY):
+            so_far = "" if self._percentage < 0 else f": {self._percentage:.0f}%"
+            render.note(f"storaged: {render.clean(self._what)}{so_far}")
+
+    def _show(self, what: str, percentage: float) -> None:
+        with self._lock:
+            self._what, self._percentage = what, percentage
+            if self._bar is not None:
+                self._bar.update(
+                    self._bar.task_ids[0], description=render.clean(what),
+                    total=None if percentage < 0 else 100.0, completed=max(0.0, percentage),
+                )
 
 
 def _rich_bar() -> Any:
@@ -98,9 +103,6 @@ def _rich_bar() -> Any:
         console=Console(stderr=True, highlight=False), transient=True,
     )
 
-
-def _is_terminal() -> bool:
-    return sys.stderr is not None and sys.stderr.isatty()
 
 
 def wait_for_reply(

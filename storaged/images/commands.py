@@ -52,6 +52,7 @@ def opened(
             operands, place, task.layout, task.config, owner=task.owner, shares=shares, commits=commits,
             progress=task.doing,
         ))
+        task.doing(f"opening {operands[0].shown()}")
         for one in operands:
             remoteheader.check(one, given)
         yield given

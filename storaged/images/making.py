@@ -77,6 +77,7 @@ def convert(task: Task, wish: Wish, target: Wish, manner: Manner, backing: Backi
             with opened(task, [source, full], place=place) as given:
                 words = ["-n", "-O", str(full.spec.format), *_words(manner, backing, is_new=is_new, target=full)]
                 names = [given.names[one.spec.name] for one in (source, full)]
+                task.doing(f"converting {source.shown()}")
                 try:
                     run("convert", [*words, *names], given, progress=task.progress)
                     flush(given.nodes[full.spec.name])

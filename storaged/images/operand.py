@@ -15,7 +15,7 @@ from storaged.backends.host_device import BACKEND as HOST_DEVICE
 from storaged.errors import ErrorCode, StoragedError
 from storaged.images.arguments import format_of_name, split_options
 from storaged.model.formats import Format
-from storaged.model.spec import COMMON_OPTIONS, VolumeSpec, caches_writes
+from storaged.model.spec import COMMON_OPTIONS, VolumeSpec, caches_writes, check_spec
 from storaged.supervisor import opening as openings
 from storaged.supervisor.secrets import check_secrets, secrets_apart
 
@@ -94,6 +94,7 @@ def named(wish: Wish, *, writable: bool) -> Operand:
         options = {**spec.options, "cache": "none"}
         spec = _with(spec, options=options)
     spec = _with(spec, format=format)
+    check_spec(spec, backend.options.keys())
     check_secrets(spec, apart)
     return Operand(wish, spec, apart, creation, None)
 
@@ -148,12 +149,6 @@ def together(operands: list[Operand]) -> openings.Opening:
         claims=tuple(device for operand in operands for device in operand.opened.claims),
         unclaimed=tuple(device for operand in operands for device in operand.opened.unclaimed),
     )
-
-
-def exists(operand: Operand) -> bool | None:
-    """Whether a file or device of this host is there; None on the network, where only opening it tells."""
-    path = operand.local_path
-    return None if path is None else os.path.lexists(path)
 
 
 def is_block_device(operand: Operand) -> bool:

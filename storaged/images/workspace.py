@@ -75,6 +75,13 @@ def _sweep(base: str, copies: str) -> None:
             os.close(fd)
 
 
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir(copies):
+            # Copies are on a disk: a reboot has left them.
+            if not os.path.lexists(os.path.join(base, name)):
+                shutil.rmtree(os.path.join(copies, name), ignore_errors=True)
+
+
 def _remove(path: str, state: str) -> None:
     sshagent.end(path)
     shutil.rmtree(path, ignore_errors=True)

@@ -17,7 +17,19 @@ from typing import Any
 
 import pytest
 
-from tests.harness import Daemon, as_json, error_of, eventually, image, image_command, luks_image, mounted, run, writes
+from tests.harness import (
+    Daemon,
+    as_json,
+    error_of,
+    eventually,
+    image,
+    image_command,
+    luks_image,
+    mounted,
+    run,
+    with_config,
+    writes,
+)
 
 MIB = 1 << 20
 PASSPHRASE = b"correct horse battery"
@@ -382,6 +394,47 @@ def test_a_block_device_is_written_unless_somebody_uses_it(daemon: Daemon, place
     assert failure(daemon, "create", device, "8M")["code"] == "invalid-argument"
     image_command(daemon, "create", "-f", "qcow2", device, "4M")
     assert told(daemon, "info", "-f", "qcow2", device)["virtual-size"] == 4 * MIB
+
+
+FAKE = """\
+#!/usr/bin/python3
+import json, os, sys
+with open({log!r}, "a") as log:
+    print(json.dumps([*sys.argv[1:], os.getcwd()]), file=log)
+print('{{"virtual-size": 1048576}}' if sys.argv[1] == "info" else "qemu-img version 10.0.13")
+"""
+
+
+def test_an_image_goes_to_vitastor_by_the_qemu_img_of_its_build(stopped: Daemon, place: Path) -> None:
+    (place / "bin").mkdir()
+    log = place / "log"
+    for name in ("qemu-img", "qemu-storage-daemon"):
+        (place / "bin" / name).write_text(FAKE.format(log=str(log)))
+        (place / "bin" / name).chmod(0o755)
+    with_config(stopped, f'[qsd.binaries]\nvitastor = "{place}/bin/qemu-storage-daemon"\n')
+    source = image(place / "debian10.qcow2", "qcow2", "1M")
+    image_command(stopped, "convert", source, "vitastor:image=testimg")
+    *_, words = (as_json(line) for line in log.read_text().splitlines())
+    assert words[:5] == ["convert", "-p", "-n", "-O", "raw"]
+    read, written = (as_json(word.removeprefix("json:")) for word in words[5:7])
+    assert (read["driver"], read["read-only"], read["file"]["filename"]) == ("qcow2", True, str(source))
+    assert read["backing"] is None
+    assert written["driver"] == "raw"
+    assert written["file"] == {
+        "driver": "vitastor", "image": "testimg", "read-only": False, "discard": "unmap",
+        "cache": {"direct": True, "no-flush": False},
+    }
+    # One layer, over the export of what is below it.
+    base = image(place / "testimg_0.qcow2", "qcow2", "1M")
+    image_command(
+        stopped, "convert", "vitastor:image=testimg:skip_parents=1", "-B", base, "-o", "cluster_size=4k",
+        place / "testimg.qcow2",
+    )
+    *_, words = (as_json(line) for line in log.read_text().splitlines())
+    assert words[:9] == ["convert", "-p", "-n", "-O", "qcow2", "-B", str(base), "-F", "qcow2"]
+    assert as_json(words[9].removeprefix("json:"))["file"]["skip-parents"] == 1
+    made = told(stopped, "info", place / "testimg.qcow2")
+    assert (made["cluster-size"], made["backing-filename"]) == (4096, str(base))
 
 
 def test_it_works_without_a_daemon(stopped: Daemon, place: Path) -> None:
