@@ -261,6 +261,17 @@ def leftovers(root: Path) -> list[str]:
     return found
 
 
+def processes_of(daemon: Daemon) -> list[str]:
+    """The processes whose working directory, or directory for temporary files, is below a root."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            here = os.readlink(entry / "cwd").startswith(f"{daemon.root}/run")
+            if here or f"TMPDIR={daemon.root}/".encode() in (entry / "environ").read_bytes():
+                found.append(entry.name)
+    return found
+
+
 def error_of(call: Callable[[], object]) -> StoragedError:
     """Return the failure that a call ends with."""
     try:

@@ -91,8 +91,7 @@ def find_program(operands: list[Operand], config: Config) -> str:
     binaries = [config.qsd.binary_for(find_backend(operand.spec.source).name) for operand in operands]
     chosen = next((binary for binary in binaries if binary != config.qsd.binary), config.qsd.binary)
     qsd = shutil.which(chosen)
-    beside = os.path.join(os.path.dirname(os.path.realpath(qsd)), "qemu-img") if qsd else ""
-    path = shutil.which(beside) if beside else None
+    path = beside(qsd, "qemu-img") if qsd else None
     if path is None and chosen == config.qsd.binary:
         path = shutil.which("qemu-img")
     if path is None:
@@ -103,6 +102,12 @@ def find_program(operands: list[Operand], config: Config) -> str:
             f"put the qemu-img of that build beside {chosen}",
         )
     return path
+
+
+def beside(program: str, name: str) -> str | None:
+    """Return the program of that name in the directory of another, or in that of the file that it is a link to."""
+    places = (os.path.dirname(program), os.path.dirname(os.path.realpath(program)))
+    return next(filter(None, (shutil.which(os.path.join(place, name)) for place in places)), None)
 
 
 def _give(

@@ -17,7 +17,7 @@ from storaged.host.unixsock import connect_unix
 from storaged.images import arguments
 from storaged.images.operand import Operand
 from storaged.images.process import failure
-from storaged.images.provide import Provided
+from storaged.images.provide import Provided, beside
 from storaged.model.headers import read_header
 
 _EXPORT = "header"
@@ -36,8 +36,7 @@ def check(operand: Operand, given: Provided) -> None:
     # Not at the top: with it comes all of the daemon's way to QSD, which most commands do without.
     from storaged.supervisor.remoteheader import refuse_references
 
-    beside = os.path.join(os.path.dirname(os.path.realpath(given.program)), "qemu-nbd")
-    program = shutil.which(beside) or shutil.which("qemu-nbd")
+    program = beside(given.program, "qemu-nbd") or shutil.which("qemu-nbd")
     if program is None:
         raise StoragedError(ErrorCode.QSD_MISSING, "the program qemu-nbd is not there", hint="apt install qemu-utils")
     protocol = given.nodes[operand.spec.name]["file"]

@@ -24,33 +24,10 @@ from tests.backends.ssh_server import SshServer
 from tests.backends.tls import key_file, with_keys
 from tests.backends.web_server import PASSWORD, Nginx
 from tests.backends.web_server import USER as WEB_USER
-from tests.harness import Daemon, as_json, eventually, image, image_command, run
+from tests.harness import Daemon, as_json, eventually, image, image_command, processes_of, run
 
 MIB = 1 << 20
 pytestmark = pytest.mark.timeout(100)
-
-
-@pytest.fixture
-def root(place: Path) -> Iterator[Daemon]:
-    """Where a daemon would have its files; there is none. Nothing is left below it afterwards."""
-    found = Daemon(place / "root")
-    found.root.mkdir()
-    yield found
-    for directory in (found.layout.run_dir, found.layout.state_dir):
-        left = [path for path in Path(directory).rglob("*") if path.parent.name == "images"]
-        assert left == []
-    assert processes_of(found) == []
-
-
-def processes_of(root: Daemon) -> list[str]:
-    """The processes whose working directory, or directory for files, is below a root."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            here = os.readlink(entry / "cwd").startswith(f"{root.root}/run")
-            if here or f"TMPDIR={root.root}/".encode() in (entry / "environ").read_bytes():
-                found.append(entry.name)
-    return found
 
 
 def data(path: Path, mib: int = 4) -> Path:
@@ -302,8 +279,8 @@ def test_a_file_behind_nfs_is_made(root: Daemon, place: Path) -> None:
     exported = place / "exported"
     exported.mkdir()
     local = data(place / "a.raw", 4)
-    with network(f"sd{os.getpid()}") as (address, _):
-        server = NfsServer(place, exported, netns=f"sd{os.getpid()}")
+    with network(f"si{os.getpid()}", "198.18.7") as (address, _):
+        server = NfsServer(place, exported, netns=f"si{os.getpid()}")
         try:
             server.start()
             source = f"nfs://{address}{exported}/b"

@@ -104,38 +104,38 @@ def converting(daemon: Daemon, *words: object) -> Iterator[subprocess.Popen[str]
         eventually(lambda: not converter(daemon), "qemu-img is gone")
 
 
-def test_the_format_is_what_the_name_or_the_option_says_and_never_the_content(daemon: Daemon, place: Path) -> None:
-    image_command(daemon, "create", place / "a.qcow2", "64M", "-o", "compat=0.10")
-    found = told(daemon, "info", place / "a.qcow2")
+def test_the_format_is_what_the_name_or_the_option_says_and_never_the_content(root: Daemon, place: Path) -> None:
+    image_command(root, "create", place / "a.qcow2", "64M", "-o", "compat=0.10")
+    found = told(root, "info", place / "a.qcow2")
     assert found["filename"] == str(place / "a.qcow2")
     assert (found["format"], found["virtual-size"], found["format-specific"]["data"]["compat"]) == (
         "qcow2", 64 * MIB, "0.10"
     )
     os.rename(place / "a.qcow2", place / "a.img")
-    assert told(daemon, "info", place / "a.img")["format"] == "raw"
-    assert told(daemon, "info", "-f", "qcow2", place / "a.img")["format"] == "qcow2"
+    assert told(root, "info", place / "a.img")["format"] == "raw"
+    assert told(root, "info", "-f", "qcow2", place / "a.img")["format"] == "qcow2"
     data(place / "b.qcow2", 1)
-    error = failure(daemon, "info", place / "b.qcow2")
+    error = failure(root, "info", place / "b.qcow2")
     assert error["code"] == "wrong-format"
     assert "no --format was said" in error["text"]
 
 
-def test_what_is_there_is_not_overwritten_but_written_into_with_n(daemon: Daemon, place: Path) -> None:
+def test_what_is_there_is_not_overwritten_but_written_into_with_n(root: Daemon, place: Path) -> None:
     source, target = data(place / "a.raw", 2), data(place / "b.raw", 3)
     before = target.read_bytes()
     for command in (["create", target, "1M"], ["convert", source, target]):
-        assert failure(daemon, *command)["code"] == "invalid-argument"
+        assert failure(root, *command)["code"] == "invalid-argument"
         assert target.read_bytes() == before
-    image_command(daemon, "convert", "-n", source, target)
+    image_command(root, "convert", "-n", source, target)
     assert target.read_bytes() == source.read_bytes() + before[2 * MIB:]
     small = data(place / "c.raw", 1)
-    error = failure(daemon, "convert", "-n", source, small)
+    error = failure(root, "convert", "-n", source, small)
     assert error["code"] == "image-failed"
     assert "smaller than input" in error["text"]
 
 
 @pytest.mark.parametrize("format", ["qcow2", "vmdk", "luks"])
-def test_convert_there_and_back(daemon: Daemon, place: Path, format: str) -> None:
+def test_convert_there_and_back(root: Daemon, place: Path, format: str) -> None:
     source = data(place / "a.raw", 4)
     key = place / "key"
     key.write_bytes(PASSPHRASE)
@@ -144,15 +144,15 @@ def test_convert_there_and_back(daemon: Daemon, place: Path, format: str) -> Non
         ["--target-option", f"key-file={key}", "-o", "iter-time=10"] if format == "luks" else []
     )
     for _ in range(10):
-        done = image_command(daemon, "convert", *there, source, place / "b", check=False)
+        done = image_command(root, "convert", *there, source, place / "b", check=False)
         # Its benchmark of the key derivation fails now and then on a busy machine.
         if done.status == 0 or "pbkdf" not in done.stderr.lower():
             break
     assert done.status == 0, done.stderr
-    image_command(daemon, "convert", "-f", format, *secret, place / "b", place / "c.raw")
+    image_command(root, "convert", "-f", format, *secret, place / "b", place / "c.raw")
     assert (place / "c.raw").read_bytes()[:4 * MIB] == source.read_bytes()
-    image_command(daemon, "compare", "-f", format, *secret, place / "b", source)
-    assert nothing_left(daemon)
+    image_command(root, "compare", "-f", format, *secret, place / "b", source)
+    assert nothing_left(root)
     assert not list(place.glob(".*"))
 
 
@@ -172,63 +172,63 @@ def test_a_file_that_an_image_names_needs_leave(daemon: Daemon, place: Path) -> 
     assert daemon.device("a", top, format="qcow2", read_only=True, options={"backing": f"allow:{place}"})
 
 
-def test_one_layer_is_exported_over_a_backing_file_and_cut_off(daemon: Daemon, place: Path) -> None:
+def test_one_layer_is_exported_over_a_backing_file_and_cut_off(root: Daemon, place: Path) -> None:
     top, base = chain(place)
     layer = place / "layer.qcow2"
-    image_command(daemon, "convert", "-o", f"backing=allow:{base}", "-o", "cluster_size=4k", "-B", base, top,
+    image_command(root, "convert", "-o", f"backing=allow:{base}", "-o", "cluster_size=4k", "-B", base, top,
         str(layer),
     )
-    found = told(daemon, "info", layer)
+    found = told(root, "info", layer)
     assert (found["backing-filename"], found["backing-filename-format"]) == (str(base), "raw")
-    own = [part for part in told(daemon, "map", "-o", f"backing=allow:{base}", layer) if part["depth"] == 0]
+    own = [part for part in told(root, "map", "-o", f"backing=allow:{base}", layer) if part["depth"] == 0]
     assert [(part["start"], part["length"]) for part in own] == [(0, MIB)]
     allowed = ("-o", f"backing=allow:{base}", "--other-option", f"backing=allow:{base}")
-    assert told(daemon, "compare", *allowed, top, layer)["identical"]
-    image_command(daemon, "rebase", "-u", "-b", "", layer)
-    assert "backing-filename" not in told(daemon, "info", layer)
-    assert failure(daemon, "compare", "--other-option", f"backing=allow:{base}", layer, top)["text"] == ""
+    assert told(root, "compare", *allowed, top, layer)["identical"]
+    image_command(root, "rebase", "-u", "-b", "", layer)
+    assert "backing-filename" not in told(root, "info", layer)
+    assert failure(root, "compare", "--other-option", f"backing=allow:{base}", layer, top)["text"] == ""
 
 
-def test_rebase_commit_snapshot_amend_resize(daemon: Daemon, place: Path) -> None:
+def test_rebase_commit_snapshot_amend_resize(root: Daemon, place: Path) -> None:
     top, base = chain(place)
     allow = ("-o", f"backing=allow:{place}")
     expected = bytes([7]) * MIB + base.read_bytes()[MIB:]
 
     def content(path: Path) -> bytes:
         (place / "out.raw").unlink(missing_ok=True)
-        image_command(daemon, "convert", *allow, path, place / "out.raw")
+        image_command(root, "convert", *allow, path, place / "out.raw")
         return (place / "out.raw").read_bytes()
 
     other = data(place / "other.raw", 4)
-    image_command(daemon, "rebase", *allow, "-b", other, top)
-    assert told(daemon, "info", top)["backing-filename"] == str(other)
+    image_command(root, "rebase", *allow, "-b", other, top)
+    assert told(root, "info", top)["backing-filename"] == str(other)
     assert content(top) == expected
-    image_command(daemon, "snapshot", *allow, "-c", "before", top)
-    assert "before" in image_command(daemon, "snapshot", *allow, "-l", top).stdout
-    image_command(daemon, "commit", *allow, top)
+    image_command(root, "snapshot", *allow, "-c", "before", top)
+    assert "before" in image_command(root, "snapshot", *allow, "-l", top).stdout
+    image_command(root, "commit", *allow, top)
     assert other.read_bytes() == expected
-    image_command(daemon, "snapshot", *allow, "-d", "before", top)
-    image_command(daemon, "resize", *allow, top, "6M")
-    assert failure(daemon, "resize", *allow, top, "5M")["code"] == "image-failed"
-    image_command(daemon, "resize", *allow, "--shrink", top, "5M")
+    image_command(root, "snapshot", *allow, "-d", "before", top)
+    image_command(root, "resize", *allow, top, "6M")
+    assert failure(root, "resize", *allow, top, "5M")["code"] == "image-failed"
+    image_command(root, "resize", *allow, "--shrink", top, "5M")
     assert content(top) == expected + bytes(MIB)
-    image_command(daemon, "amend", *allow, "-o", "lazy_refcounts=on", top)
-    assert told(daemon, "info", top)["format-specific"]["data"]["lazy-refcounts"]
-    image_command(daemon, "rebase", *allow, "-b", "", top)
+    image_command(root, "amend", *allow, "-o", "lazy_refcounts=on", top)
+    assert told(root, "info", top)["format-specific"]["data"]["lazy-refcounts"]
+    image_command(root, "rebase", *allow, "-b", "", top)
     assert content(top) == expected + bytes(MIB)
-    assert told(daemon, "check", top)["check-errors"] == 0
+    assert told(root, "check", top)["check-errors"] == 0
 
 
-def test_a_damaged_image_makes_check_fail_and_is_repaired(daemon: Daemon, place: Path) -> None:
+def test_a_damaged_image_makes_check_fail_and_is_repaired(root: Daemon, place: Path) -> None:
     top = qcow2(place / "a.qcow2", 1)
     with open(top, "r+b") as file:
         file.seek(2 * 65536)  # the first block of references
         file.write(bytes(64))
-    done = image_command(daemon, "check", top, check=False)
+    done = image_command(root, "check", top, check=False)
     assert done.status == 1
     assert "ERROR" in done.stdout
-    image_command(daemon, "check", "-r", "all", top)
-    image_command(daemon, "check", top)
+    image_command(root, "check", "-r", "all", top)
+    image_command(root, "check", top)
 
 
 REFUSED_WHERE_WRITTEN = (
@@ -317,20 +317,20 @@ def test_who_is_killed_in_the_middle_leaves_no_half_image_and_no_lock(daemon: Da
     assert nothing_left(daemon)
 
 
-def test_a_target_that_was_there_and_is_half_written_is_said_to_be(daemon: Daemon, place: Path) -> None:
+def test_a_target_that_was_there_and_is_half_written_is_said_to_be(root: Daemon, place: Path) -> None:
     source, target = data(place / "a.raw"), data(place / "b.raw")
-    with converting(daemon, "-n", source, target) as process:
+    with converting(root, "-n", source, target) as process:
         process.terminate()
         assert process.wait(20) == 130
         assert process.stderr is not None
         assert f"{target} is half-written" in process.stderr.read()
 
 
-def test_progress_is_a_bar_on_a_terminal(daemon: Daemon, place: Path) -> None:
+def test_progress_is_a_bar_on_a_terminal(root: Daemon, place: Path) -> None:
     source = data(place / "a.raw", 48)
     parent, terminal = pty.openpty()
     process = subprocess.Popen(
-        [*daemon.cli_command(), "image", "convert", "-r", "16M", str(source), str(place / "b.qcow2")],
+        [*root.cli_command(), "image", "convert", "-r", "16M", str(source), str(place / "b.qcow2")],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=terminal, env={**os.environ, "TERM": "xterm"},
     )
     os.close(terminal)
@@ -352,30 +352,30 @@ def test_progress_is_a_bar_on_a_terminal(daemon: Daemon, place: Path) -> None:
     assert percentages == sorted(percentages)
 
 
-def test_a_passphrase_is_in_no_command_line_environment_or_open_file(daemon: Daemon, place: Path) -> None:
+def test_a_passphrase_is_in_no_command_line_environment_or_open_file(root: Daemon, place: Path) -> None:
     key = place / "key"
     key.write_bytes(PASSPHRASE)
     disk = luks_image(place / "a.luks", key)
     secrets = (PASSPHRASE, base64.b64encode(PASSPHRASE))
-    command = [*daemon.cli_command(), "image", "convert", "-r", "512K", "-o", "key-file=-", str(disk), str(place / "b")]
+    command = [*root.cli_command(), "image", "convert", "-r", "512K", "-o", "key-file=-", str(disk), str(place / "b")]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdin is not None
     process.stdin.write(PASSPHRASE)
     process.stdin.close()
     process.stdin = None
-    eventually(lambda: converter(daemon) or process.poll() is not None, "qemu-img converts")
-    for pid in (process.pid, converter(daemon)):
+    eventually(lambda: converter(root) or process.poll() is not None, "qemu-img converts")
+    for pid in (process.pid, converter(root)):
         for name in ("cmdline", "environ"):
             seen = Path(f"/proc/{pid}/{name}").read_bytes()
             assert not [secret for secret in secrets if secret in seen]
-    for path in Path(daemon.layout.run_dir, "images").rglob("*"):
+    for path in Path(root.layout.run_dir, "images").rglob("*"):
         if path.is_file() and any(secret in path.read_bytes() for secret in secrets):
             assert path.stat().st_mode & 0o077 == 0
-    assert os.stat(f"{daemon.layout.run_dir}/images").st_mode & 0o077 == 0
+    assert os.stat(f"{root.layout.run_dir}/images").st_mode & 0o077 == 0
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 130
     process.communicate()
-    assert nothing_left(daemon)
+    assert nothing_left(root)
 
 
 def test_a_block_device_is_written_unless_somebody_uses_it(daemon: Daemon, place: Path) -> None:
@@ -405,15 +405,15 @@ print('{{"virtual-size": 1048576}}' if sys.argv[1] == "info" else "qemu-img vers
 """
 
 
-def test_an_image_goes_to_vitastor_by_the_qemu_img_of_its_build(stopped: Daemon, place: Path) -> None:
+def test_an_image_goes_to_vitastor_by_the_qemu_img_of_its_build(root: Daemon, place: Path) -> None:
     (place / "bin").mkdir()
     log = place / "log"
     for name in ("qemu-img", "qemu-storage-daemon"):
         (place / "bin" / name).write_text(FAKE.format(log=str(log)))
         (place / "bin" / name).chmod(0o755)
-    with_config(stopped, f'[qsd.binaries]\nvitastor = "{place}/bin/qemu-storage-daemon"\n')
+    with_config(root, f'[qsd.binaries]\nvitastor = "{place}/bin/qemu-storage-daemon"\n')
     source = image(place / "debian10.qcow2", "qcow2", "1M")
-    image_command(stopped, "convert", source, "vitastor:image=testimg")
+    image_command(root, "convert", source, "vitastor:image=testimg")
     *_, words = (as_json(line) for line in log.read_text().splitlines())
     assert words[:5] == ["convert", "-p", "-n", "-O", "raw"]
     read, written = (as_json(word.removeprefix("json:")) for word in words[5:7])
@@ -427,27 +427,27 @@ def test_an_image_goes_to_vitastor_by_the_qemu_img_of_its_build(stopped: Daemon,
     # One layer, over the export of what is below it.
     base = image(place / "testimg_0.qcow2", "qcow2", "1M")
     image_command(
-        stopped, "convert", "vitastor:image=testimg:skip_parents=1", "-B", base, "-o", "cluster_size=4k",
+        root, "convert", "vitastor:image=testimg:skip_parents=1", "-B", base, "-o", "cluster_size=4k",
         place / "testimg.qcow2",
     )
     *_, words = (as_json(line) for line in log.read_text().splitlines())
     assert words[:9] == ["convert", "-p", "-n", "-O", "qcow2", "-B", str(base), "-F", "qcow2"]
     assert as_json(words[9].removeprefix("json:"))["file"]["skip-parents"] == 1
-    made = told(stopped, "info", place / "testimg.qcow2")
+    made = told(root, "info", place / "testimg.qcow2")
     assert (made["cluster-size"], made["backing-filename"]) == (4096, str(base))
 
 
-def test_it_works_without_a_daemon(stopped: Daemon, place: Path) -> None:
-    image_command(stopped, "create", "-b", str(data(place / "base.raw", 1)), place / "a.qcow2")
-    found = told(stopped, "info", place / "a.qcow2")
+def test_it_works_without_a_daemon(root: Daemon, place: Path) -> None:
+    image_command(root, "create", "-b", str(data(place / "base.raw", 1)), place / "a.qcow2")
+    found = told(root, "info", place / "a.qcow2")
     assert (found["virtual-size"], found["backing-filename-format"]) == (MIB, "raw")
 
 
-def test_who_is_not_root_is_told_so(daemon: Daemon, place: Path) -> None:
+def test_who_is_not_root_is_told_so(root: Daemon, place: Path) -> None:
     disk = image(place / "a.qcow2")
     disk.chmod(0o644)
     done = subprocess.run(
-        ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", *daemon.cli_command(), "image", "info",
+        ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", *root.cli_command(), "image", "info",
          str(disk)], capture_output=True, text=True, timeout=60,
     )
     assert done.returncode == 1
