@@ -48,7 +48,7 @@ def options(said: dict[str, str], flag: str = "-o") -> list[str]:
 
 @contextmanager
 def slowly(root: Daemon, *words: object) -> Iterator[subprocess.Popen[bytes]]:
-    """A convert that is at work, until it is interrupted at the end."""
+    """A convert of more than 4 MiB of data, which takes half a minute; it is interrupted at the end."""
     command = [*root.cli_command(), "image", "convert", "-r", "256K", *map(str, words)]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
@@ -234,7 +234,7 @@ def test_a_lun_with_a_password(root: Daemon, place: Path) -> None:
 def test_a_file_behind_ssh_with_a_key(root: Daemon, place: Path) -> None:
     server = SshServer(place / "sshd")
     disk = place / "disk 1ä.qcow2"
-    local = data(place / "a.raw", 4)
+    local = data(place / "a.raw", 8)
     try:
         server.start()
         said = server.options
@@ -255,8 +255,8 @@ def test_a_file_behind_ssh_with_a_key(root: Daemon, place: Path) -> None:
 
 def test_a_file_of_a_web_server_with_a_password_is_read_only(root: Daemon, place: Path) -> None:
     server = Nginx(place)
-    disk = image(server.root / "disk.qcow2", "qcow2", "4M")
-    run("qemu-io", "-f", "qcow2", "-c", "write -q -P 9 1M 1M", disk)
+    disk = image(server.root / "disk.qcow2", "qcow2", "10M")
+    run("qemu-io", "-f", "qcow2", "-c", "write -q -P 9 1M 8M", disk)
     key = place / "key"
     key.write_text(PASSWORD + "\n")
     said = {"user": WEB_USER, "password-file": str(key), "fetch": "whole"}
@@ -264,7 +264,7 @@ def test_a_file_of_a_web_server_with_a_password_is_read_only(root: Daemon, place
     try:
         server.start()
         image_command(root, "convert", "-f", "qcow2", *options(said), source, place / "a.raw")
-        assert (place / "a.raw").read_bytes() == bytes(MIB) + bytes([9]) * MIB + bytes(2 * MIB)
+        assert (place / "a.raw").read_bytes() == bytes(MIB) + bytes([9]) * 8 * MIB + bytes(MIB)
         with slowly(root, "-f", "qcow2", *options(said), source, place / "b.raw"):
             assert seen_of(PASSWORD.encode()) == []
         said_of_it = failure(root, "resize", "-f", "qcow2", *options(said), source, "5M")
