@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 from collections.abc import Iterator
 
 from storaged.errors import ErrorCode, StoragedError
@@ -30,8 +31,9 @@ def new_file(path: str, format: Format) -> Iterator[str]:
     """
     directory, name = os.path.split(path)
     part = path if format is Format.VMDK else os.path.join(directory, f".{name}{_PART}")
-    if os.path.lexists(path):
-        raise is_there(path)
+    taken = [path] if os.path.lexists(path) else _extents(path, format)
+    if taken:
+        raise is_there(taken[0])
     try:
         made = _make(part, replaces=part != path)
         try:
@@ -50,13 +52,24 @@ def new_file(path: str, format: Format) -> Iterator[str]:
             with contextlib.suppress(OSError):
                 seen = os.stat(part)
                 if (seen.st_dev, seen.st_ino) == made:
-                    os.unlink(part)
+                    for place in (part, *_extents(path, format)):
+                        os.unlink(place)
             raise
     except OSError as error:
         code = ErrorCode.NO_SPACE if error.errno in (errno.ENOSPC, errno.EDQUOT) else ErrorCode.OPEN_FAILED
         raise StoragedError(
             code, f"cannot make {path}", cause=error.strerror or str(error), hint="check the directory and its room"
         ) from error
+
+
+def _extents(path: str, format: Format) -> list[str]:
+    """The files beside a vmdk that QEMU would write as its parts, whatever they are (vmdk_co_do_create)."""
+    if format is not Format.VMDK:
+        return []
+    directory, name = os.path.split(path)
+    stem, ending = os.path.splitext(name)
+    pattern = re.compile(rf"{re.escape(stem)}-(?:flat|[fs][0-9]{{3,}}){re.escape(ending)}")
+    return [os.path.join(directory, entry) for entry in os.listdir(directory) if pattern.fullmatch(entry)]
 
 
 def is_there(shown: str) -> StoragedError:

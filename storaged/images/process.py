@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import selectors
-import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 
 from storaged.errors import ErrorCode, StoragedError
 from storaged.images.arguments import progress_of
+from storaged.images.child import start
 from storaged.images.provide import Provided
 from storaged.qsd.refusals import explain
 
@@ -37,16 +37,15 @@ class Outcome:
 
 def run(
     command: str, words: Sequence[str], given: Provided, *, progress: Progress | None = None,
-    accept: Sequence[int] = (0,), program: str | None = None,
+    accept: Sequence[int] = (0,),
 ) -> Outcome:
     """Run ``qemu-img COMMAND WORDS…`` and return how it ended, if with a status of ``accept``. Blocks.
 
     ``progress`` is told the percentage, of a command that has ``-p``. Whatever ends the wait for it, as Ctrl-C does,
-    ends it, too; and it dies with this process, even if that is killed (PR_SET_PDEATHSIG, by setpriv(1)).
-    Raises what its words amount to, IMAGE_FAILED; HOST_STUCK where it cannot be ended.
+    ends it, too. Raises what its words amount to, IMAGE_FAILED; HOST_STUCK where it cannot be ended.
     """
-    line = [program or given.program, command, *(["-p"] if progress is not None else []), *given.objects, *words]
-    child = _start(line, given)
+    line = [given.program, command, *(["-p"] if progress is not None else []), *given.objects, *words]
+    child = start(line, given, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         text, talk = _listen(child, progress)
         status = child.wait()
@@ -56,23 +55,6 @@ def run(
     if status not in accept:
         raise failure(command, talk, status)
     return Outcome(status, text, talk)
-
-
-def _start(line: Sequence[str], given: Provided) -> subprocess.Popen[bytes]:
-    setpriv = shutil.which("setpriv")
-    guard = [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []
-    try:
-        return subprocess.Popen(
-            [*guard, *line], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            cwd=given.directory, env=given.environment, pass_fds=given.inherited,
-            # No signal of the terminal reaches it: it is ended here, and what it leaves is cleaned up.
-            start_new_session=True,
-        )
-    except OSError as error:
-        raise StoragedError(
-            ErrorCode.QSD_MISSING, f"cannot execute {line[0]}", cause=error.strerror or str(error),
-            hint="apt install qemu-utils",
-        ) from error
 
 
 def _listen(child: subprocess.Popen[bytes], progress: Progress | None) -> tuple[str, str]:

@@ -72,7 +72,7 @@ def provided(
     with contextlib.ExitStack() as stack:
         if not shares:
             needed = together(operands)
-            for fd in opening.take(needed, LOCK_DIR, owner):
+            for fd in _taken(needed, owner):
                 found.inherited.append(fd)
                 stack.callback(os.close, fd)
             refuse_attached(layout, needed.sources)
@@ -81,6 +81,17 @@ def provided(
         for operand in operands:
             _give(operand, found, place, stack, commits=commits, progress=progress)
         yield found
+
+
+def _taken(needed: opening.Opening, owner: str) -> list[int]:
+    try:
+        return opening.take(needed, LOCK_DIR, owner)
+    except StoragedError as error:
+        if error.users:
+            error.hint = "wait until it has ended; or, if that is a volume, detach it first" + (
+                "" if any(needed.sources.values()) else ", or attach it with --read-only or --snapshot"
+            )
+        raise
 
 
 def find_program(operands: list[Operand], config: Config) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import socket
 import subprocess
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from typing import Any
 from storaged.backends import find_backend
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host.unixsock import bind_unix, connect_unix
+from storaged.images.child import start
 from storaged.images.operand import Operand
 from storaged.images.provide import Provided
 from storaged.model.config import Config
@@ -90,7 +90,11 @@ def create(
         # In the backlog before QSD is there, as with that of a volume (qsd/process.py).
         monitor = connect_unix(path)
         try:
-            child = _start(binary, listener, given)
+            child = start(
+                [binary, "--chardev", f"socket,id=qmp,fd={listener.fileno()},server=on,wait=on",
+                 "--monitor", "chardev=qmp", *given.objects],
+                given, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, keep=[listener.fileno()],
+            )
         except BaseException:
             monitor.close()
             raise
@@ -100,22 +104,6 @@ def create(
         child.kill()
         child.communicate(timeout=_GREETING)
         os.unlink(path)
-
-
-def _start(binary: str, listener: socket.socket, given: Provided) -> subprocess.Popen[bytes]:
-    guard = [found, "--pdeathsig", "KILL", "--"] if (found := shutil.which("setpriv")) else []
-    try:
-        return subprocess.Popen(
-            [*guard, binary, "--chardev", f"socket,id=qmp,fd={listener.fileno()},server=on,wait=on",
-             "--monitor", "chardev=qmp", *given.objects],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=given.directory,
-            env=given.environment, pass_fds=[listener.fileno(), *given.inherited], start_new_session=True,
-        )
-    except OSError as error:
-        raise StoragedError(
-            ErrorCode.QSD_MISSING, f"cannot execute {binary}", cause=error.strerror or "",
-            hint="apt install qemu-utils",
-        ) from error
 
 
 async def _create(operand: Operand, monitor: socket.socket, todo: list[dict[str, Any]]) -> None:

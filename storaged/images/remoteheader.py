@@ -15,6 +15,7 @@ from storaged.errors import ErrorCode, StoragedError
 from storaged.host.nbdhandshake import reading
 from storaged.host.unixsock import connect_unix
 from storaged.images import arguments
+from storaged.images.child import start
 from storaged.images.operand import Operand
 from storaged.images.process import failure
 from storaged.images.provide import Provided, beside
@@ -41,14 +42,12 @@ def check(operand: Operand, given: Provided) -> None:
         raise StoragedError(ErrorCode.QSD_MISSING, "the program qemu-nbd is not there", hint="apt install qemu-utils")
     protocol = given.nodes[operand.spec.name]["file"]
     path = os.path.join(given.directory, "header.sock")
-    guard = [found, "--pdeathsig", "KILL", "--"] if (found := shutil.which("setpriv")) else []
-    child = subprocess.Popen(
+    child = start(
         # The whole path may be too long for a socket.
-        [*guard, program, "--read-only", "--socket", f"/proc/self/fd/{given.directory_fd}/header.sock",
+        [program, "--read-only", "--socket", f"/proc/self/fd/{given.directory_fd}/header.sock",
          "--export-name", _EXPORT, *given.objects,
          arguments.filename({"driver": "raw", "read-only": True, "file": protocol})],
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=given.directory,
-        env=given.environment, pass_fds=given.inherited, start_new_session=True,
+        given, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     )
     try:
         with _connected(child, path) as sock, reading(sock, _EXPORT, _PATIENCE) as (size, read):

@@ -219,6 +219,21 @@ def test_rebase_commit_snapshot_amend_resize(root: Daemon, place: Path) -> None:
     assert told(root, "check", top)["check-errors"] == 0
 
 
+def test_a_vmdk_of_several_files_overwrites_none_and_leaves_none(root: Daemon, place: Path) -> None:
+    mine = data(place / "a-flat.vmdk", 1)
+    before = mine.read_bytes()
+    assert failure(root, "create", "-o", "subformat=monolithicFlat", place / "a.vmdk", "2M")["code"] == (
+        "invalid-argument"
+    )
+    assert mine.read_bytes() == before
+    assert not (place / "a.vmdk").exists()
+    source, small = data(place / "b.raw", 2), ("-o", "subformat=monolithicFlat", "-o", "backing=allow:/none")
+    image_command(root, "convert", "-o", "subformat=monolithicFlat", source, place / "c.vmdk")
+    image_command(root, "compare", source, place / "c.vmdk")
+    assert failure(root, "convert", *small, "-c", source, place / "d.vmdk")["code"] == "image-failed"
+    assert list(place.glob("d*")) == []
+
+
 def test_a_damaged_image_makes_check_fail_and_is_repaired(root: Daemon, place: Path) -> None:
     top = qcow2(place / "a.qcow2", 1)
     with open(top, "r+b") as file:
@@ -368,6 +383,8 @@ def test_a_passphrase_is_in_no_command_line_environment_or_open_file(root: Daemo
         for name in ("cmdline", "environ"):
             seen = Path(f"/proc/{pid}/{name}").read_bytes()
             assert not [secret for secret in secrets if secret in seen]
+    limits = Path(f"/proc/{converter(root)}/limits").read_text()
+    assert re.search(r"^Max core file size +1 ", limits, re.MULTILINE)
     for path in Path(root.layout.run_dir, "images").rglob("*"):
         if path.is_file() and any(secret in path.read_bytes() for secret in secrets):
             assert path.stat().st_mode & 0o077 == 0
