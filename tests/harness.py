@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -9,10 +10,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from storaged.__main__ import main
 from storaged.api.client import Client
 from storaged.errors import ErrorCode, StoragedError
 from storaged.model.layout import Layout
@@ -147,6 +150,24 @@ class Daemon:
         self.stop()
 
 
+@dataclass(frozen=True)
+class Printed:
+    """How a command ended, and what it printed."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+def image_command(daemon: Daemon, *words: object, check: bool = True) -> Printed:
+    """``storaged --root ROOT image WORDS`` in this process: a process of its own takes most of the time to start."""
+    out, errors = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(errors):
+        status = main(["--root", str(daemon.root), "image", *map(str, words)])
+    assert not check or status == 0, f"{words}: {out.getvalue()}{errors.getvalue()}"
+    return Printed(status, out.getvalue(), errors.getvalue())
+
+
 def eventually(condition: Callable[[], object], what: str, timeout: float = 20) -> None:
     """Wait for a condition; a test's own deadline (seconds, of a machine that is not emulated).
 
@@ -249,6 +270,17 @@ def leftovers(root: Path) -> list[str]:
     ):
         if os.path.isdir(directory):
             found += [f"{directory}/{entry}" for entry in os.listdir(directory)]
+    return found
+
+
+def processes_of(daemon: Daemon) -> list[str]:
+    """The processes whose working directory, or directory for temporary files, is below a root."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            here = os.readlink(entry / "cwd").startswith(f"{daemon.root}/run")
+            if here or f"TMPDIR={daemon.root}/".encode() in (entry / "environ").read_bytes():
+                found.append(entry.name)
     return found
 
 
