@@ -77,6 +77,7 @@ def gather(layout: Layout, command: str = "storaged") -> Facts:
         own_version=storaged.__version__,
         openers=_openers(binary, binaries) if qsd is not None or binaries else (),
         curl=shutil.which("curl") is not None,
+        rbd=shutil.which("rbd") is not None,
     )
 
 

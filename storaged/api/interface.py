@@ -90,6 +90,7 @@ class Volume:
     socket: str | None
     link: str | None
     size: int | None
+    source_size: int | None
     logical_block_size: int | None
     qsd_pid: int | None
     qsd_version: str | None
@@ -201,8 +202,10 @@ class StoragedInterface(VarlinkInterface):
         raise NotImplementedError
 
     @varlinkmethod(return_parameter="volume")
-    async def Resize(self, *, name: str, size: int, timeout: float | None = None) -> Volume:
-        """Grow a volume and its device to size bytes."""
+    async def Resize(
+        self, *, name: str, size: int | None = None, timeout: float | None = None
+    ) -> Volume:
+        """Grow a volume and its device to size bytes; without a size, to what its source has by now."""
         raise NotImplementedError
 
     @varlinkmethod(return_parameter="notes")

@@ -133,8 +133,10 @@ class Service(interface.StoragedInterface):
 
     @varlinkmethod(return_parameter="volume")
     @_translated
-    async def Resize(self, *, name: str, size: int, timeout: float | None = None) -> interface.Volume:
-        """Grow a volume and its device to size bytes."""
+    async def Resize(
+        self, *, name: str, size: int | None = None, timeout: float | None = None
+    ) -> interface.Volume:
+        """Grow a volume and its device to size bytes; without a size, to what its source has by now."""
         return self._describe(await self._manager.resize(name, size, _deadline(timeout)))
 
     @varlinkmethod(return_parameter="notes")
@@ -198,6 +200,7 @@ class Service(interface.StoragedInterface):
             socket=record.socket if record else None,
             link=layout.link(spec.name) if volume.seen.linked and record and record.device else None,
             size=(record.size or None) if record else None,
+            source_size=(record.source_size or None) if record else None,
             logical_block_size=spec.logical_block_size if record else None,
             qsd_pid=record.process.pid if record and record.process and volume.attachment.qsd.alive else None,
             qsd_version=(record.qsd_version or None) if record else None,
@@ -225,7 +228,7 @@ def _layers(record: Record | None) -> list[interface.Layer]:
         for layer in (record.layers if record is not None else [])
     ]
     if found and record is not None and record.size:
-        found[0].virtual_size = record.size
+        found[0].virtual_size = record.source_size or record.size
     return found
 
 

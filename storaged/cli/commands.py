@@ -89,12 +89,12 @@ def _attach(args: argparse.Namespace) -> int:
         "options": {key: absolute_option(key, value) for key, value in options.items()} or None,
         "persist": args.persist or None,
         "timeout": args.timeout,
-        "secrets": _given_secrets(args.name, options) or None,
+        "secrets": given_secrets(args.name, options) or None,
     }
     return _write_device(args, _field(_request(args, "Attach", _said(wishes)), "volume", dict))
 
 
-def _given_secrets(name: str, options: dict[str, str]) -> dict[str, str]:
+def given_secrets(name: str, options: dict[str, str]) -> dict[str, str]:
     """Return the secret that an option says is on standard input, in base64; from a terminal it is asked for."""
     wanted = [key for key, value in options.items() if value == "-"]
     if not wanted:
@@ -141,7 +141,7 @@ def _note_all(name: str, notes: list[Any]) -> None:
 
 
 def _resize(args: argparse.Namespace) -> int:
-    _request(args, "Resize", {"name": args.name, "size": parse_size(args.size)})
+    _request(args, "Resize", _said({"name": args.name, "size": args.size and parse_size(args.size)}))
     return 0
 
 
@@ -280,6 +280,12 @@ def _daemon(args: argparse.Namespace) -> int:
     return run_daemon(layout_of(args), absolute(args.config) if args.config else None)
 
 
+def _image(args: argparse.Namespace) -> int:
+    from storaged.cli import image
+
+    return image.run(args, layout_of(args))
+
+
 def _completion(args: argparse.Namespace) -> int:
     from storaged.cli.completion import script
     from storaged.cli.parser import build_parser
@@ -312,6 +318,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "daemon": _daemon,
     "detach": _detach,
     "doctor": _doctor,
+    "image": _image,
     "list": _list,
     "rescue": _rescue,
     "resize": _resize,

@@ -6,6 +6,7 @@ import argparse
 import math
 
 import storaged
+from storaged.cli import image
 from storaged.model.formats import Format
 
 SHELLS = ("bash", "zsh", "fish")
@@ -70,9 +71,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = _command(commands, "resize", "grow a volume and its device")
     _name(command, "the volume")
-    command.add_argument("size", metavar="SIZE", help="the new size: bytes, or a number with K, M, G, T or P")
+    command.add_argument(
+        "size", metavar="SIZE", nargs="?",
+        help="the new size: bytes, or a number with K, M, G, T or P (default: what its source has by now)",
+    )
 
     _trouble(commands)
+    image.add_parser(_command(commands, "image", "create, convert, check and otherwise work on images, by qemu-img"))
 
     command = _command(
         commands, "doctor", "say what this host, its QEMU and this installation can do, and what is missing"
@@ -125,8 +130,8 @@ def _attach(commands: _Commands[argparse.ArgumentParser]) -> None:
         "--option",
         metavar="KEY=VALUE",
         dest="options",
-        type=_key_value,
-        action=_CollectOptions,
+        type=key_value,
+        action=CollectOptions,
         default={},
         help="an option of the format or source, as backing=allow:DIR[:DIR…]; may be repeated",
     )
@@ -191,7 +196,7 @@ def _timeout(command: argparse.ArgumentParser) -> None:
     )
 
 
-class _CollectOptions(argparse.Action):
+class CollectOptions(argparse.Action):
     """Collects KEY=VALUE pairs; a key said twice is refused, since one of the two would not count."""
 
     def __call__(
@@ -209,7 +214,7 @@ class _CollectOptions(argparse.Action):
         setattr(namespace, self.dest, {**collected, key: value})
 
 
-def _key_value(text: str) -> tuple[str, str]:
+def key_value(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not key or not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")

@@ -71,8 +71,13 @@ def _nowhere(_name: str) -> bool:
     return False
 
 
-def inspect_chain(path: str, format: Format, allowed: Sequence[str]) -> tuple[ImageFile, ...]:
+def inspect_chain(
+    path: str, format: Format, allowed: Sequence[str], *, alone: bool = False, device: bool = True
+) -> tuple[ImageFile, ...]:
     """Return the image at ``path`` and its backing files in order, or raise a StoragedError.
+
+    ``alone``: the image without its backing files, of which none is looked at. ``device``: it is to become a device, so
+    its size must be one that a device can have.
 
     ``path`` is absolute. Every other file that comes in must be one of ``allowed`` or lie in one of them
     (each an absolute path of a file or directory), after all symbolic links are resolved. The extents of a
@@ -83,12 +88,12 @@ def inspect_chain(path: str, format: Format, allowed: Sequence[str]) -> tuple[Im
     external data files relative to its current directory; that is never what was meant.) Extents of vmdk are
     taken relative to the directory behind the links, because QEMU will open the descriptor by that path.
     """
-    return inspect_images(path, format, allowed)[0]
+    return inspect_images(path, format, allowed, alone=alone, device=device)[0]
 
 
 def inspect_images(
     path: str, format: Format, allowed: Sequence[str], *, named_by: Reference | None = None,
-    elsewhere: Callable[[str], bool] = _nowhere,
+    elsewhere: Callable[[str], bool] = _nowhere, alone: bool = False, device: bool = True,
 ) -> tuple[tuple[ImageFile, ...], Reference | None]:
     """As :func:`inspect_chain`, for a chain that may go on elsewhere than on this host.
 
@@ -104,10 +109,10 @@ def inspect_images(
     chain: list[ImageFile] = []
     while True:
         image, header = walk.image(path, format, reference)
-        if reference is None:
+        if reference is None and device:
             _check_size(path, image)
         chain.append(image)
-        if header.backing is None:
+        if header.backing is None or alone:
             return tuple(chain), None
         reference = Reference(path, format, header.backing)
         if len(chain) >= MAX_CHAIN:
@@ -133,8 +138,10 @@ class Reference:
         if _PROTOCOL.match(name):
             self.fail(
                 ErrorCode.BACKING_NOT_ALLOWED,
-                "only files and block devices can be used, given by their path, and the sources on the network that "
-                "-o backing-sources= names",
+                "only files and block devices can be used, given by their path" + (
+                    "; by an attach also the sources that -o backing-sources= allows"
+                    if self.name.kind == "backing" else ""
+                ),
                 "if that is a file, write its name with ./ before it: " + self._rebase(),
             )
         return os.path.join(os.path.dirname(base), name)

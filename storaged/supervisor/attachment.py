@@ -151,6 +151,7 @@ class Attachment(Holding):
         Raises ADOPTION_REFUSED, with everything left as it is, where something serves a device and its identity
         is in doubt.
         """
+        self.stderr.skip()
         record, damage = await self.blocking("read the record", 10, adoption.read_record, self.site)
         self.record = record
         if record is not None:
@@ -205,11 +206,15 @@ class Attachment(Holding):
                 await self.forget_device()
             case Step.START:
                 await serving.start(self, timeout)
+                if self.transport.reconnects:
+                    self.environment.dead_links.begin()
             case Step.OPEN:
                 await serving.open_source(self, timeout)
             case Step.EXPORT:
                 await serving.export(self, timeout)
             case Step.CONNECT:
+                if self.transport.reconnects:
+                    await self.environment.dead_links.listen(min(10.0, timeout / 2))
                 connected = await self.transport.connect(self.site, self.known(), timeout)
                 self.environment.fault("connect: made")
                 await self.note(
@@ -240,16 +245,15 @@ class Attachment(Holding):
                 await self.wait_for_writing()
                 await self.blocking("remove the volume's directory", timeout, leaving.remove, self)
 
-    async def resize(self, size: int, timeout: float) -> None:
-        """Grow the disk to ``size`` bytes, then its device. Raises INVALID_SIZE, UNSUPPORTED, ..."""
-        session = await self.qsd.session()
-        present = (await session.node_names())[blockdev.DISK]
-        growing.check(self.known(), self.transport, present, size)
-        if size > present:
-            await session.execute("block_resize", {"node-name": blockdev.DISK, "size": size}, timeout=timeout)
-            await self.note(size=size)
+    async def resize(self, size: int | None, timeout: float) -> int:
+        """Grow the disk to ``size`` bytes, or to all that the source has, then its device; return its size.
+
+        Raises what ``growing.grow`` raises.
+        """
+        size = await growing.grow(self, size, timeout)
         if self.transport.grows:
             await self.transport.resized(self.site, self.known(), size, timeout)
+        return size
 
     async def leave(self) -> None:
         """The volume is gone, or the daemon ends: let go of everything without touching it."""

@@ -59,6 +59,13 @@ class Opening:
     extents: int = 0
     """How many nodes QEMU makes by itself beyond those that it is told: the extents of vmdk."""
 
+    size: int | None = None
+    """Bytes of a raw disk of this host; of others QSD tells when it has opened them."""
+    remote: bool = False
+    """Behind a server: its size is all that tells whether it changed, and is known once it is open."""
+    safe_when_acknowledged: bool = False
+    """What a dead QSD had acknowledged needs no flush by its successor."""
+
     @property
     def is_open_ended(self) -> bool:
         """Whether the chain goes on, or may go on, in images whose headers only QSD can read."""
@@ -75,6 +82,21 @@ class Opening:
         return self.requirements.secrets
 
 
+@dataclass(frozen=True)
+class Manner:
+    """What an image is opened for."""
+
+    device: bool = True
+    """To become a device. Else by a program that works on images, of which some know more of a source than QSD."""
+    alone: bool = False
+    """Without its backing files: they are neither looked at nor opened."""
+    commits: bool = False
+    """What is written goes to the image's backing file, too."""
+
+
+AS_A_DEVICE = Manner()
+
+
 def cache_flags(spec: VolumeSpec) -> Mapping[str, bool]:
     """BlockdevCacheOptions for the volume's cache mode."""
     return cache.cache_flags(spec.options)
@@ -86,7 +108,7 @@ def behaviour(spec: VolumeSpec) -> Mapping[str, str]:
     return {key: spec.options[key] for key in wishes if spec.options.get(key, wishes[key]) != wishes[key]}
 
 
-def inspect(spec: VolumeSpec) -> Opening:
+def inspect(spec: VolumeSpec, manner: Manner = AS_A_DEVICE) -> Opening:
     """Look at the source and everything its headers name; refuse what may not be opened.
 
     Raises what storaged.host.chain raises, SOURCE_IN_USE where a foreign loop device stands on the file, UNSUPPORTED
@@ -98,26 +120,28 @@ def inspect(spec: VolumeSpec) -> Opening:
     backend.check_options(spec.options)
     path = backend.parse(spec.source, spec.options)
     if isinstance(backend, NetworkBackend):
-        return _behind_a_server(backend, path, spec)
+        return _behind_a_server(backend, path, spec, manner)
     chain, rest = inspect_images(
-        path, spec.format, spec.allowed_backing, elsewhere=lambda name: backingsources.find(name, spec) is not None
+        path, spec.format, spec.allowed_backing, alone=manner.alone, device=manner.device,
+        # Programs that work on images follow no chain behind servers.
+        elsewhere=lambda name: manner.device and backingsources.find(name, spec) is not None,
     )
     if backend.name == "host_device" and not chain[0].block_device:
         raise StoragedError(
             ErrorCode.INVALID_SOURCE, f"{path} is no block device", hint="leave the prefix host_device: out"
         )
-    found = of_this_host(chain, spec, top=True)
+    found = of_this_host(chain, spec, written=(2 if manner.commits else 1) if spec.writes_source else 0)
     return replace(
         found, node=tree(found.images, spec), rest=rest,
-        requirements=backingsources.requirements(spec, Requirements(secrets=_passphrase(spec))),
+        requirements=backingsources.requirements(spec, requirements_of_image(spec)),
     )
 
 
-def of_this_host(chain: Sequence[ImageFile], spec: VolumeSpec, *, top: bool) -> Opening:
+def of_this_host(chain: Sequence[ImageFile], spec: VolumeSpec, *, written: int, top: bool = True) -> Opening:
     """Return what is locked and claimed of a chain's images on this host, and their nodes; no tree yet.
 
-    ``top``: the first is the disk's own image. Raises INVALID_SOURCE, and SOURCE_IN_USE where a foreign loop device
-    stands on one.
+    So many of the first are ``written`` to. ``top``: the first is the disk's own image. Raises INVALID_SOURCE, and
+    SOURCE_IN_USE where a foreign loop device stands on one.
     """
     for image in chain:
         for file in image.files():
@@ -128,18 +152,17 @@ def of_this_host(chain: Sequence[ImageFile], spec: VolumeSpec, *, top: bool) -> 
                     ErrorCode.INVALID_SOURCE, f"the path {file.path!a} is no UTF-8",
                     hint="QMP can carry nothing else: rename it",
                 ) from error
-    writable = spec.writes_source and top
     images = tuple(
         Image(
             format=image.format,
-            protocol=protocol_of(image, spec, read_only=not (writable and number == 0)),
-            data_file=protocol_of(image.data_file, spec, read_only=not (writable and number == 0))
+            protocol=protocol_of(image, spec, read_only=number >= written),
+            data_file=protocol_of(image.data_file, spec, read_only=number >= written)
             if image.data_file is not None else None,
             encrypted=top and number == 0 and "encrypt" in spec.options,
         )
         for number, image in enumerate(chain)
     )
-    files = [(file, writable and number == 0) for number, image in enumerate(chain) for file in image.files()]
+    files = [(file, number < written) for number, image in enumerate(chain) for file in image.files()]
     sources: dict[str, bool] = {}
     for file, exclusive in files:
         for identity, exclusively in identities(file, exclusive=exclusive).items():
@@ -161,6 +184,7 @@ def of_this_host(chain: Sequence[ImageFile], spec: VolumeSpec, *, top: bool) -> 
             for image in chain
         ),
         extents=sum(len(image.extents) for image in chain),
+        size=chain[0].virtual_size if spec.format is Format.RAW else None,
     )
 
 
@@ -183,20 +207,21 @@ def _how(spec: VolumeSpec) -> Any:
     }
 
 
-def _passphrase(spec: VolumeSpec) -> tuple[Secret, ...]:
-    return (Secret(PASSPHRASE, "key-file", exact=True),) if "key-file" in spec.options else ()
+def requirements_of_image(spec: VolumeSpec) -> Requirements:
+    """What QSD must be given for the format, whatever the source needs."""
+    return Requirements(secrets=(Secret(PASSPHRASE, "key-file", exact=True),)) if "key-file" in spec.options \
+        else NO_REQUIREMENTS
 
 
-def _behind_a_server(backend: NetworkBackend, location: str, spec: VolumeSpec) -> Opening:
+def _behind_a_server(backend: NetworkBackend, location: str, spec: VolumeSpec, manner: Manner) -> Opening:
     """What QSD opens of a source on the network: the bytes as they are, or an image in them that stands alone."""
     if backend.read_only and spec.writes_source:
         raise StoragedError(
             ErrorCode.INVALID_ARGUMENT, f"a source behind {backend.name} can only be read",
             hint="attach it with --read-only, or with --snapshot: what is written is then kept here until the detach",
         )
-    protocol: dict[str, Any] | str = backend.node(
-        location, read_only=not spec.writes_source, options=spec.options
-    )
+    node_of = backend.node if manner.device else backend.image_node
+    protocol: dict[str, Any] | str = node_of(location, read_only=not spec.writes_source, options=spec.options)
     source = None
     if spec.format is not Format.RAW:
         # Its header may name files of this host, and nobody has looked at it.
@@ -208,9 +233,10 @@ def _behind_a_server(backend: NetworkBackend, location: str, spec: VolumeSpec) -
         node=tree(images, spec), images=images,
         layers=(Layer(source=location, format=spec.format, virtual_size=0),),
         sources={backend.identity(location, os.path.realpath): spec.writes_source},
-        files=frozenset(), fingerprint=[], claims=(), unclaimed=(), source=source,
+        files=frozenset(), fingerprint=[], claims=(), unclaimed=(), source=source, remote=True,
+        safe_when_acknowledged=backend.safe_when_acknowledged,
         requirements=backingsources.requirements(
-            spec, replace(needed, secrets=(*needed.secrets, *_passphrase(spec)))
+            spec, replace(needed, secrets=(*needed.secrets, *requirements_of_image(spec).secrets))
         ),
     )
 

@@ -160,7 +160,7 @@ class _Follower:
                 path, format, spec.allowed_backing, named_by=reference,
                 elsewhere=lambda name: backingsources.find(name, spec) is not None,
             )
-            return _Here(chain, rest, opening.of_this_host(chain, spec, top=writable))
+            return _Here(chain, rest, opening.of_this_host(chain, spec, written=int(writable), top=False))
 
         here = await self._held.source_calls("look at a backing file", self._timeout, look)
         await self._lock(here.opening)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from storaged.errors import ErrorCode, StoragedError
 from storaged.host.nbdhandshake import reading
 from storaged.host.unixsock import connect_unix
 from storaged.model.formats import Format
@@ -24,3 +25,14 @@ async def read(held: Holding, session: Session, node: str, format: Format, timeo
 
     async with side_export(session, node, _EXPORT, directory=held.directory, server=server, timeout=timeout) as path:
         return await held.source_calls("look at the image's header", timeout, work, path)
+
+
+def refuse_references(header: ImageHeader) -> None:
+    """Raise BACKING_NOT_ALLOWED where an image that has to stand alone names another file."""
+    for reference in (*([header.backing] if header.backing is not None else []), *header.others):
+        raise StoragedError(
+            ErrorCode.BACKING_NOT_ALLOWED,
+            f"the image needs another file, as its {reference.kind}: {reference.path!r}",
+            cause="an image behind a server may stand on nothing else",
+            hint="make it one that stands alone (qemu-img rebase, or convert), or copy it to a file of this host",
+        )

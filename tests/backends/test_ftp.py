@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from urllib.parse import quote
 import pytest
 
 from storaged.errors import ErrorCode
+from tests.backends.secrecy import secret_is_nowhere
 from tests.backends.web_server import PASSWORD, USER, FtpServer, make_disk
 from tests.harness import Daemon, eventually, leftovers, mounted, refuses, run
 
@@ -55,6 +57,12 @@ def is_read(daemon: Daemon, source: str, disk: Path, **options: str) -> None:
     assert leftovers(daemon.root) == []
 
 
+def test_an_empty_file_is_refused(server: FtpServer, daemon: Daemon) -> None:
+    """The server's size of 0 does not come through libcurl, and nobody knows then whether that was all."""
+    os.truncate(server.root / "disk.raw", 0)
+    refuses(daemon, ErrorCode.UNSUPPORTED, f"{server.url}/disk.raw", read_only=True, options=WHOLE)
+
+
 def test_a_file_of_an_ftp_server(server: FtpServer, daemon: Daemon, place: Path) -> None:
     disk = server.root / "a b;type=a?#[x]"
     (server.root / "disk.raw").rename(disk)
@@ -75,6 +83,8 @@ def test_a_password(server: FtpServer, daemon: Daemon, place: Path) -> None:
     device = daemon.device("a", f"{server.url}/disk.raw", read_only=True, options=options)
     run("cmp", device, server.root / "disk.raw")
     assert f"{USER}@" not in daemon.cli("show", "a").stdout
+    secret.chmod(0o600)
+    secret_is_nowhere(daemon, PASSWORD)
     daemon.detach("a")
     secret.write_text("Tr0ub4dor")
     error = refuses(daemon, ErrorCode.OPEN_FAILED, f"{server.url}/disk.raw", read_only=True, options=options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import time
@@ -14,6 +15,7 @@ import pytest
 
 from storaged.errors import ErrorCode
 from storaged.qsd.version import curl_loses_requests, parse_version
+from tests.backends.secrecy import secret_is_nowhere
 from tests.backends.web_server import COOKIE, PASSWORD, USER, Nginx, make_disk
 from tests.harness import Daemon, eventually, leftovers, mounted, refuses, run, writes
 
@@ -58,6 +60,12 @@ def test_a_file_of_a_web_server(server: Nginx, daemon: Daemon, place: Path, disk
         assert (directory / "file").read_bytes() == (place / "content/file").read_bytes()
     run("cmp", device, disk)
     daemon.detach("a")
+
+
+def test_an_empty_file_is_refused(server: Nginx, daemon: Daemon, disk: Path) -> None:
+    os.truncate(disk, 0)
+    refuses(daemon, ErrorCode.INVALID_SIZE, f"{server.url}/disk.raw", read_only=True, options=WHOLE)
+    assert leftovers(daemon.root) == []
 
 
 def test_a_name_that_has_to_be_escaped(server: Nginx, daemon: Daemon, place: Path, disk: Path) -> None:
@@ -107,34 +115,19 @@ def test_a_query_that_is_no_secret(server: Nginx, daemon: Daemon, place: Path, d
 # Secrets
 
 
-def shown(daemon: Daemon, name: str) -> str:
-    """All that could show a secret of a volume."""
-    pid = daemon.qsd(name)
-    files = [daemon.log, Path(f"/proc/{pid}/cmdline"), Path(f"/proc/{pid}/environ")]
-    files += [path for path in daemon.root.rglob("*") if path.is_file() and path.stat().st_mode & 0o077]
-    answers = [
-        daemon.cli(*command).stdout
-        for command in (("list", "--json"), ("show", name, "--json"), ("show", name), ("show", name, "--qemu-args"))
-    ]
-    return "".join([path.read_bytes().decode(errors="replace") for path in files] + answers)
-
-
 def test_a_password_in_a_file(server: Nginx, daemon: Daemon, place: Path, disk: Path) -> None:
     options = {**WHOLE, "user": USER, "password-file": secret(place, PASSWORD)}
     device = daemon.device("a", f"{server.url}/private/disk.raw", read_only=True, options=options)
     run("cmp", device, disk)
-    seen = shown(daemon, "a")
-    assert server.url in seen
-    assert PASSWORD not in seen
+    secret_is_nowhere(daemon, PASSWORD)
 
 
 def test_a_password_in_the_url(server: Nginx, daemon: Daemon, place: Path, disk: Path) -> None:
     source = f"{server.url}/private/disk.raw".replace("//", f"//{USER}:{quote(PASSWORD, safe='')}@")
     device = daemon.device("a", source, read_only=True, options=WHOLE)
-    seen = shown(daemon, "a")
-    assert f"{USER}@" in seen
-    assert PASSWORD not in seen
-    assert quote(PASSWORD, safe="") not in seen
+    assert f"{USER}@" in daemon.cli("show", "a").stdout
+    secret_is_nowhere(daemon, PASSWORD)
+    secret_is_nowhere(daemon, quote(PASSWORD, safe=""))
     # A successor needs it again.
     former = daemon.kill_qsd("a")
     eventually(lambda: daemon.replaced("a", former), "another QSD is there")
@@ -233,7 +226,7 @@ def test_a_silent_server_is_given_up_at_the_deadline(daemon: Daemon) -> None:
         source = f"http://127.0.0.1:{silent.getsockname()[1]}/x"
         begin = time.monotonic()
         error = refuses(daemon, ErrorCode.OPEN_FAILED, source, read_only=True, options=QUICK)
-        assert 2 <= time.monotonic() - begin < 6
+        assert 2 <= time.monotonic() - begin < 10
     assert "does not answer" in error.message
 
 

@@ -13,8 +13,9 @@ import pytest
 
 from storaged.errors import ErrorCode
 from tests.backends.iscsi_server import SECRET, TARGET, USER, IscsiServer
+from tests.backends.secrecy import secret_is_nowhere
 from tests.backends.servers import Load
-from tests.harness import Daemon, as_json, eventually, image, mounted, reads, refuses, run, writes
+from tests.harness import Daemon, as_json, error_of, eventually, image, mounted, reads, refuses, run, writes
 
 MIB = 1 << 20
 PATTERN = bytes(range(256)) * 256
@@ -108,15 +109,7 @@ def test_a_user_with_a_secret(guarded: IscsiServer, daemon: Daemon, key: str, di
 def test_a_secret_in_the_source_is_shown_nowhere(guarded: IscsiServer, daemon: Daemon) -> None:
     whole = guarded.source().replace("//", f"//{USER}%{SECRET}@")
     daemon.attach("a", whole)
-    pid = daemon.qsd("a")
-    shown = daemon.cli("show", "a", "--json").stdout + daemon.cli("show", "a", "--qemu-args").stdout
-    shown += daemon.log.read_text()
-    for process in (pid, daemon.process.pid if daemon.process else pid):
-        shown += Path(f"/proc/{process}/cmdline").read_text() + Path(f"/proc/{process}/environ").read_text()
-    assert SECRET not in shown
-    for path in Path(daemon.root).rglob("*"):
-        if path.is_file() and SECRET.encode() in path.read_bytes():
-            assert path.stat().st_mode & 0o077 == 0
+    secret_is_nowhere(daemon, SECRET)
     pid = daemon.kill_qsd("a")
     eventually(lambda: daemon.replaced("a", pid), "a successor serves it", 40)
 
@@ -147,6 +140,24 @@ def test_lun_0_of_tgtd_has_no_data(server: IscsiServer, daemon: Daemon) -> None:
     refuses(daemon, ErrorCode.INVALID_SIZE, server.source(0))
 
 
+def test_a_lun_that_has_grown_is_served_at_its_old_size_until_a_resize(
+    server: IscsiServer, daemon: Daemon, disk: Path
+) -> None:
+    size, device = disk.stat().st_size, daemon.device("a", server.source())
+    for times in (2, 3):
+        server.kill()  # tgtd looks at the file when it starts
+        os.truncate(disk, times * size)
+        server.start()
+        if times == 2:
+            pid = daemon.kill_qsd("a")
+            eventually(lambda pid=pid: daemon.replaced("a", pid), "a successor serves it", 40)  # type: ignore[misc]  # a default
+            device = str(daemon.show("a")["device"])
+        # The third time QSD goes on, and asks for the size when it is told to grow.
+        assert run("blockdev", "--getsize64", device).stdout.strip() == str((times - 1) * size)
+        daemon.cli("resize", "a")
+        assert run("blockdev", "--getsize64", device).stdout.strip() == str(times * size)
+
+
 def test_a_target_and_a_lun_that_are_not_there(server: IscsiServer, daemon: Daemon) -> None:
     refuses(daemon, ErrorCode.SOURCE_MISSING, server.source().replace(TARGET, f"{TARGET}x"))
     refuses(daemon, ErrorCode.SOURCE_MISSING, server.source(2))
@@ -169,7 +180,7 @@ def test_a_silent_server_is_given_up_at_the_deadline(daemon: Daemon) -> None:
         source = f"iscsi://127.0.0.1:{silent.getsockname()[1]}/{TARGET}/1"
         begin = time.monotonic()
         error = refuses(daemon, ErrorCode.OPEN_FAILED, source, options={"request-timeout": "2"})
-        assert 1 <= time.monotonic() - begin < 6
+        assert 1 <= time.monotonic() - begin < 10
     assert "request-timeout" in error.hint
 
 
@@ -181,9 +192,10 @@ def test_a_protected_lun_is_attached_read_only_or_not(server: IscsiServer, daemo
 
 
 def test_nobody_writes_twice(server: IscsiServer, daemon: Daemon) -> None:
-    first = daemon.attach("a", server.source())
+    daemon.attach("a", server.source())
     other = f"iscsi://localhost:{server.port}/{TARGET}/01"
-    assert daemon.attach("a", other) == first
+    # The target's name is one all over the world; whether the other portal leads to the same disk is not known.
+    assert error_of(lambda: daemon.attach("a", other)).code is ErrorCode.VOLUME_EXISTS
     refuses(daemon, ErrorCode.SOURCE_IN_USE, other, "b")
     refuses(daemon, ErrorCode.SOURCE_IN_USE, server.source(), "b", read_only=True)
     server.kill()
