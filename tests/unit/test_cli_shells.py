@@ -51,7 +51,7 @@ def test_fish_offers_commands_volumes_and_options(tmp_path: Path, environment: M
         ("storaged detach al", "storaged detach alpha"),
         ("storaged show be", "storaged show beta"),
         ("storaged attach new ./dis", "storaged attach new ./disk.img"),
-        ("storaged attach --read", "storaged attach --read-only"),
+        ("storaged attach n s --read", "storaged attach n s --read-only"),
         ("storaged attach --transport vd", "storaged attach --transport vduse"),
         ("storaged config sch", "storaged config schema"),
     ],
