@@ -144,6 +144,7 @@ class Attachment(Holding):
         Raises ADOPTION_REFUSED, with everything left as it is, where something serves a device and its identity
         is in doubt.
         """
+        self.stderr.skip()
         record, damage = await self.blocking("read the record", 10, adoption.read_record, self.site)
         self.record = record
         if record is not None:

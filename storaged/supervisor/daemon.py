@@ -10,7 +10,6 @@ import logging
 import os
 import resource
 import signal
-import sys
 from dataclasses import replace
 
 import uvloop
@@ -23,6 +22,7 @@ from storaged.host.protection import protect_daemon
 from storaged.host.unixsock import bind_unix
 from storaged.model.config import Config
 from storaged.model.layout import LOCK_DIR, Layout
+from storaged.observe import journald
 from storaged.store.local import LocalStore
 from storaged.supervisor.environment import Environment
 from storaged.supervisor.events import EventHub
@@ -39,9 +39,7 @@ def run(layout: Layout, config_file: str | None) -> int:
     os.umask(0o022)
     config = load_config(layout, config_file)
     group = _group(config)
-    logging.basicConfig(
-        stream=sys.stderr, level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s"
-    )
+    journald.set_up(config.log_level.upper())
     # Before there is a second thread: it would not inherit what this one gets.
     for failure in protect_daemon():
         log.warning("%s", failure)
@@ -77,9 +75,11 @@ async def _serve(layout: Layout, config: Config, config_file: str | None, group:
         server = Server(manager, listener, group)
         await manager.start()
         server.start()
-        log.info("ready, %d volumes, socket %s", len(manager.volumes()), layout.socket)
+        log.info(
+            "ready, %d volumes, socket %s", len(manager.volumes()), layout.socket, extra=journald.about(event="ready")
+        )
         await stop.wait()
-        log.info("ending; volumes stay attached")
+        log.info("ending; volumes stay attached", extra=journald.about(event="ending"))
         await server.close()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(layout.socket)

@@ -13,6 +13,7 @@ import pytest
 
 from storaged.errors import ErrorCode
 from tests.backends.iscsi_server import SECRET, TARGET, USER, IscsiServer
+from tests.backends.secrecy import secret_is_nowhere
 from tests.backends.servers import Load
 from tests.harness import Daemon, as_json, error_of, eventually, image, mounted, reads, refuses, run, writes
 
@@ -108,15 +109,7 @@ def test_a_user_with_a_secret(guarded: IscsiServer, daemon: Daemon, key: str, di
 def test_a_secret_in_the_source_is_shown_nowhere(guarded: IscsiServer, daemon: Daemon) -> None:
     whole = guarded.source().replace("//", f"//{USER}%{SECRET}@")
     daemon.attach("a", whole)
-    pid = daemon.qsd("a")
-    shown = daemon.cli("show", "a", "--json").stdout + daemon.cli("show", "a", "--qemu-args").stdout
-    shown += daemon.log.read_text()
-    for process in (pid, daemon.process.pid if daemon.process else pid):
-        shown += Path(f"/proc/{process}/cmdline").read_text() + Path(f"/proc/{process}/environ").read_text()
-    assert SECRET not in shown
-    for path in Path(daemon.root).rglob("*"):
-        if path.is_file() and SECRET.encode() in path.read_bytes():
-            assert path.stat().st_mode & 0o077 == 0
+    secret_is_nowhere(daemon, SECRET)
     pid = daemon.kill_qsd("a")
     eventually(lambda: daemon.replaced("a", pid), "a successor serves it", 40)
 
