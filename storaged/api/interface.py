@@ -98,6 +98,14 @@ class QemuArguments:
 
 
 @dataclasses.dataclass
+class Reloaded:
+    """Keys of the configuration that got another value: in force now, and those that need a restart of the daemon."""
+
+    applied: list[str]
+    needs_restart: list[str]
+
+
+@dataclasses.dataclass
 class Event:
     """Something that happened to a volume. ``kind`` is ready, step, state, failure or removed."""
 
@@ -225,6 +233,11 @@ class StoragedInterface(VarlinkInterface):
     @varlinkmethod(return_parameter="arguments")
     async def QemuArguments(self, *, name: str) -> QemuArguments:
         """How a virtual machine uses a volume: the source directly (blockdev, or drive), or through the socket."""
+        raise NotImplementedError
+
+    @varlinkmethod(return_parameter="reloaded")
+    async def Reload(self) -> Reloaded:
+        """Read the configuration again, as at SIGHUP. Where a file is wrong nothing is changed."""
         raise NotImplementedError
 
     @varlinkmethod(return_parameter="event", delay_generator=False)

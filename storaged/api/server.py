@@ -30,6 +30,7 @@ from storaged.model.formats import Format
 from storaged.model.history import Happening
 from storaged.model.spec import VolumeSpec
 from storaged.supervisor.manager import Manager
+from storaged.supervisor.reloading import reload_config
 from storaged.supervisor.volume import Volume
 
 log = logging.getLogger("storaged.api")
@@ -177,6 +178,13 @@ class Service(interface.StoragedInterface):
         """How a virtual machine uses a volume: the source directly (blockdev, or drive), or through the socket."""
         found = await self._manager.qemu_arguments(name)
         return interface.QemuArguments(found.blockdev, found.drive, found.vhost_user, found.notes)
+
+    @varlinkmethod(return_parameter="reloaded")
+    @_translated
+    async def Reload(self) -> interface.Reloaded:
+        """Read the configuration again, as at SIGHUP. Where a file is wrong nothing is changed."""
+        changed = await reload_config(self._manager.environment)
+        return interface.Reloaded(changed.applied, changed.needs_restart)
 
     @varlinkmethod(return_parameter="event", delay_generator=False)
     async def Watch(self, *, name: str | None = None) -> AsyncIterator[interface.Event]:

@@ -275,6 +275,8 @@ def judge_kernel(what: str, transport: str | None = None, *, as_json: bool = Fal
 
 
 def _daemon(args: argparse.Namespace) -> int:
+    if args.reload:
+        return _reload(args)
     from storaged.supervisor.daemon import run as run_daemon
 
     return run_daemon(layout_of(args), absolute(args.config) if args.config else None)
@@ -284,6 +286,42 @@ def _image(args: argparse.Namespace) -> int:
     from storaged.cli import image
 
     return image.run(args, layout_of(args))
+
+
+def _reload(args: argparse.Namespace) -> int:
+    with _client(args) as client:
+        changed = _field(client.call("Reload", timeout=_QUICK), "reloaded", dict)
+    applied, waiting = _field(changed, "applied", list), _field(changed, "needs_restart", list)
+    if applied or not waiting:
+        render.write(f"in force now: {render.clean(', '.join(applied))}" if applied else "nothing has changed")
+    if waiting:
+        render.note(
+            f"needs a restart of the daemon (volumes stay attached): {render.clean(', '.join(waiting))}"
+        )
+    return 0
+
+
+def _config(args: argparse.Namespace) -> int:
+    if args.action == "schema":
+        from storaged.model.config import schema
+
+        render.write_json(schema())
+        return 0
+    from dataclasses import asdict
+
+    from storaged.host.configfiles import check_config, config_files
+
+    layout, named = layout_of(args), absolute(args.config) if args.config else None
+    _config_as_used, problems = check_config(layout, named)
+    if args.json:
+        render.write_json([asdict(problem) for problem in problems])
+    elif problems:
+        for problem in problems:
+            render.write(render.clean(problem))
+    else:
+        files = config_files(layout, named)
+        render.write(render.clean(f"{', '.join(files) or 'no file (all defaults)'}: nothing is wrong"))
+    return 1 if problems else 0
 
 
 def _completion(args: argparse.Namespace) -> int:
@@ -315,6 +353,7 @@ def _said(wishes: dict[str, Any]) -> dict[str, Any]:
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "attach": _attach,
     "completion": _completion,
+    "config": _config,
     "daemon": _daemon,
     "detach": _detach,
     "doctor": _doctor,

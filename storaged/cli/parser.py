@@ -93,7 +93,14 @@ def build_parser() -> argparse.ArgumentParser:
     _json(command, "print an array of findings (of transports with --kernel-config)")
 
     command = _command(commands, "daemon", "run the daemon in the foreground")
-    command.add_argument("--config", metavar="FILE", help="default: /etc/storaged/storaged.toml")
+    how = command.add_mutually_exclusive_group()
+    how.add_argument("--config", metavar="FILE", help="default: /etc/storaged/storaged.toml")
+    how.add_argument(
+        "--reload", action="store_true",
+        help="have the daemon that runs read its configuration again, as SIGHUP does, and say what is in force now and"
+        " what needs a restart",
+    )
+    _config(commands)
 
     command = _command(commands, "completion", "print the completion script of a shell")
     command.add_argument("shell", choices=SHELLS, help="the shell")
@@ -151,6 +158,17 @@ def _detach(commands: _Commands[argparse.ArgumentParser]) -> None:
         help="also while it is in use or hangs: whoever uses it gets I/O errors (rescue does so and keeps the volume)",
     )
     _timeout(command)
+
+
+def _config(commands: _Commands[argparse.ArgumentParser]) -> None:
+    command = _command(commands, "config", "check the daemon's configuration, or describe it")
+    actions = command.add_subparsers(dest="action", metavar="ACTION", required=True, title="actions")
+
+    action = _command(actions, "check", "check storaged.toml and its drop-ins, and say all that is wrong")
+    action.add_argument("config", metavar="FILE", nargs="?", help="default: /etc/storaged/storaged.toml")
+    _json(action, "print an array of problems")
+
+    _command(actions, "schema", "print the JSON schema of storaged.toml")
 
 
 def _trouble(commands: _Commands[argparse.ArgumentParser]) -> None:

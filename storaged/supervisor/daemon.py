@@ -17,9 +17,10 @@ import uvloop
 from storaged.api.server import Server
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import locks
+from storaged.host.configfiles import load_config
 from storaged.host.protection import protect_daemon
 from storaged.host.unixsock import bind_unix
-from storaged.model.config import Config, parse_config
+from storaged.model.config import Config
 from storaged.model.layout import LOCK_DIR, Layout
 from storaged.observe import journald
 from storaged.store.local import LocalStore
@@ -27,6 +28,7 @@ from storaged.supervisor.environment import Environment
 from storaged.supervisor.events import EventHub
 from storaged.supervisor.faults import fault_from_environment
 from storaged.supervisor.manager import Manager
+from storaged.supervisor.reloading import reload_config
 
 log = logging.getLogger("storaged")
 
@@ -50,40 +52,23 @@ def run(layout: Layout, config_file: str | None) -> int:
     _raise_descriptor_limit()
     lock = _lock_out_others(layout)
     try:
-        uvloop.run(_serve(layout, config, group))
+        uvloop.run(_serve(layout, config, config_file, group))
     finally:
         os.close(lock)
     return 0
 
 
-def load_config(layout: Layout, config_file: str | None) -> Config:
-    """Read the configuration; the default file may be missing, one that was named may not."""
-    path = config_file or layout.config_file
-    try:
-        with open(path, "rb") as file:
-            return parse_config(file.read(), path)
-    except FileNotFoundError as error:
-        if config_file is None:
-            return Config()
-        raise StoragedError(
-            ErrorCode.INVALID_ARGUMENT, f"there is no configuration file {path}", hint="check --config"
-        ) from error
-    except OSError as error:
-        raise StoragedError(
-            ErrorCode.INVALID_ARGUMENT, f"cannot read {path}", cause=error.strerror or ""
-        ) from error
-
-
-async def _serve(layout: Layout, config: Config, group: int) -> None:
+async def _serve(layout: Layout, config: Config, config_file: str | None, group: int) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     environment = Environment(
         layout=layout, config=config, persistent=LocalStore(layout.desired_persistent),
         volatile=LocalStore(layout.desired_volatile), events=EventHub(), lock_directory=LOCK_DIR,
-        fault=fault_from_environment(),
+        fault=fault_from_environment(), config_file=config_file,
     )
     async with asyncio.TaskGroup() as tasks:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _reload, environment, tasks)
         manager = Manager(environment, tasks)
         listener = bind_unix(layout.socket, mode=0o660)
         os.chown(layout.socket, -1, group)
@@ -100,6 +85,16 @@ async def _serve(layout: Layout, config: Config, group: int) -> None:
             os.unlink(layout.socket)
         for task in manager.actors():
             task.cancel()
+
+
+def _reload(environment: Environment, tasks: asyncio.TaskGroup) -> None:
+    """SIGHUP: what is wrong with the files is in the log, and the daemon goes on with what it has."""
+
+    async def reload() -> None:
+        with contextlib.suppress(StoragedError):
+            await reload_config(environment)
+
+    tasks.create_task(reload())
 
 
 def _group(config: Config) -> int:
