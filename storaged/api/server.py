@@ -157,6 +157,18 @@ class Service(interface.StoragedInterface):
         """Replace the QSD of a volume by the binary that is installed now, while the device is in use."""
         return self._describe(await self._manager.upgrade(name, _deadline(timeout)))
 
+    @varlinkmethod(return_parameter="volume")
+    @_translated
+    async def Persist(self, *, name: str, on: bool) -> interface.Volume:
+        """Attach a volume again after each boot, or do not."""
+        return self._describe(await self._manager.persist(name, on=on))
+
+    @varlinkmethod(return_parameter="notes")
+    @_translated
+    async def Park(self, *, timeout: float | None = None) -> list[str]:
+        """The host goes down: flush and end what nobody uses, and keep the wishes; notes say what goes on, and why."""
+        return await self._manager.park(_deadline(timeout))
+
     @varlinkmethod(return_parameter="volumes")
     @_translated
     async def List(self) -> list[interface.Volume]:
@@ -211,6 +223,7 @@ class Service(interface.StoragedInterface):
                 interface.HistoryEntry(entry.time, entry.kind, entry.message, entry.seconds, entry.times, entry.last)
                 for entry in history.entries
             ] if with_history else None,
+            file=self._manager.file_of(spec.name),
         )
 
 
