@@ -110,10 +110,9 @@ class Convergence(Actor):
         try:
             await self._converge()
         except BaseException:
-            self.goal = before
+            self.goal, self._parking = before, False
+            self._settle()
             raise
-        finally:
-            self._parking = False
         self._parked = True
 
     async def _converge(self, *, force: bool = False, notes: list[str] | None = None) -> None:

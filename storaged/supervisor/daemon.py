@@ -93,10 +93,10 @@ async def _serve(layout: Layout, config: Config, group: int, service: ServiceMan
         volatile=LocalStore(layout.desired_volatile), events=EventHub(), lock_directory=LOCK_DIR,
         fault=fault_from_environment(),
     )
+    listener, ours = _listen(layout, service)
+    os.chown(layout.socket, -1, group)
     async with asyncio.TaskGroup() as tasks:
         manager = Manager(environment, tasks)
-        listener, ours = _listen(layout, service)
-        os.chown(layout.socket, -1, group)
         server = Server(manager, listener, group)
         await manager.start()
         server.start()
