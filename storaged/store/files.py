@@ -1,6 +1,7 @@
 """The volumes of /etc/storaged/volumes/NAME.toml: read, and never written.
 
-A detach of such a volume lasts until its file goes, or until the next boot: it leaves a mark below /run.
+A detach of such a volume lasts until its file goes, or until the next boot: it leaves a mark below /run, which says
+which file it was. Another file of that name, or another content, is a new wish.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class VolumeFiles:
     def mark_detached(self, name: str) -> None:
         """The volume is not wanted until its file goes, or the next boot. Raises NO_SPACE, INTERNAL."""
         os.makedirs(self._marks, mode=0o700, exist_ok=True)
-        write_atomic(os.path.join(self._marks, check_name(name)), b"")
+        write_atomic(os.path.join(self._marks, check_name(name)), self._identity(name).encode())
 
     def unmark(self, name: str) -> None:
         """It is wanted again."""
@@ -85,11 +86,26 @@ class VolumeFiles:
             raise StoragedError(ErrorCode.INVALID_ARGUMENT, f"{path} is too long for the wishes of a volume")
         return text or b""
 
-    def _marked(self, present: set[str]) -> set[str]:
+    def _identity(self, name: str) -> str:
+        """Which file there is now, empty if there is none."""
         try:
-            marks = set(os.listdir(self._marks))
+            found = os.stat(self.path(name))
+        except OSError:
+            return ""
+        return f"{found.st_dev}:{found.st_ino}:{found.st_size}:{found.st_mtime_ns}"
+
+    def _marked(self, present: set[str]) -> set[str]:
+        """The names with a mark of the file that is there; other marks are removed."""
+        try:
+            marks = os.listdir(self._marks)
         except FileNotFoundError:
             return set()
-        for name in marks - present:
-            os.unlink(os.path.join(self._marks, name))
-        return marks & present
+        marked = set()
+        for name in marks:
+            path = os.path.join(self._marks, name)
+            with open(path, encoding="ascii", errors="replace") as file:
+                if name in present and file.read() == self._identity(name):
+                    marked.add(name)
+                else:
+                    os.unlink(path)
+        return marked

@@ -120,3 +120,15 @@ def test_a_mark_lasts_until_it_is_taken_away_or_the_file_goes(files: VolumeFiles
     files.mark_detached("a")
     files.unmark("a")
     assert files.load().detached == frozenset()
+
+
+def test_a_file_that_was_changed_or_came_anew_is_a_new_wish(files: VolumeFiles, tmp_path: Path) -> None:
+    path = write(tmp_path, "a.toml")
+    files.mark_detached("a")
+    assert files.load().detached == {"a"}
+    write(tmp_path, "a.toml", "source = '/another'")
+    assert files.load().detached == frozenset()
+    files.mark_detached("a")
+    path.unlink()
+    write(tmp_path, "a.toml")
+    assert files.load().detached == frozenset()
