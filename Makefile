@@ -42,6 +42,7 @@ test-host: servers lint ## lint and the tests that run on this machine (root)
 test-vm: setup ## the tests that need the test machine, in it (root)
 	@scripts/vm test $(VM_TESTS) $(PYTEST_ARGS)
 	@scripts/power-cut --machine $(MACHINE)
+	@scripts/reboot-test --machine $(MACHINE)
 
 # Each fault with each transport, use and queue depth; CI runs a part of them within test-vm. A machine for each
 # transport: what one of them does to its kernel is not the other's. The table is written whatever has failed.

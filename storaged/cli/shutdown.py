@@ -15,8 +15,6 @@ _QUICK = 30.0
 _LOOK = 1.0
 #: Seconds for a rescue; it goes on in the daemon.
 _RESCUE = 60.0
-#: States in which whoever uses a volume waits: with a condition, or with a failure of the successor.
-_WAITING = ("stalled", "hung", "failed", "recovering")
 
 
 def park(connect: Callable[[], Client], timeout: float) -> None:
@@ -57,8 +55,8 @@ def end_stuck(connect: Callable[[], Client], patience: float) -> None:
 
 
 def _waits(volume: dict[str, Any]) -> bool:
-    """Whether its device is there, and what uses it waits."""
-    return bool(volume.get("device")) and (volume.get("state") in _WAITING or bool(volume.get("condition")))
+    """Whether its device is there, and what uses it waits. A state alone does not tell: a failed one may work."""
+    return bool(volume.get("device")) and bool(volume.get("condition"))
 
 
 def _rescue(connect: Callable[[], Client], name: str) -> None:
