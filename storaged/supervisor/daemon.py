@@ -12,7 +12,6 @@ import os
 import resource
 import signal
 import socket
-import sys
 from dataclasses import replace
 
 import uvloop
@@ -25,6 +24,7 @@ from storaged.host.servicemanager import ServiceManager
 from storaged.host.unixsock import bind_unix
 from storaged.model.config import Config, parse_config
 from storaged.model.layout import LOCK_DIR, Layout
+from storaged.observe import journald
 from storaged.store.local import LocalStore
 from storaged.supervisor.environment import Environment
 from storaged.supervisor.events import EventHub
@@ -44,9 +44,7 @@ def run(layout: Layout, config_file: str | None) -> int:
     service = ServiceManager()
     config = load_config(layout, config_file)
     group = _group(config)
-    logging.basicConfig(
-        stream=sys.stderr, level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s"
-    )
+    journald.set_up(config.log_level.upper())
     # Before there is a second thread: it would not inherit what this one gets.
     for failure in protect_daemon():
         log.warning("%s", failure)
@@ -100,12 +98,14 @@ async def _serve(layout: Layout, config: Config, group: int, service: ServiceMan
         server = Server(manager, listener, group)
         await manager.start()
         server.start()
-        log.info("ready, %d volumes, socket %s", len(manager.volumes()), layout.socket)
+        log.info(
+            "ready, %d volumes, socket %s", len(manager.volumes()), layout.socket, extra=journald.about(event="ready")
+        )
         service.tell("READY=1")
         watchdog = tasks.create_task(watch(manager, service), name="watchdog")
         reloads = tasks.create_task(_reload_when(reload, manager, service), name="reload")
         await stop.wait()
-        log.info("ending; volumes stay attached")
+        log.info("ending; volumes stay attached", extra=journald.about(event="ending"))
         service.tell("STOPPING=1", "STATUS=ending; volumes stay attached")
         watchdog.cancel()
         reloads.cancel()

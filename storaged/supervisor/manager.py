@@ -22,6 +22,7 @@ from storaged.model.plan import RESCUES, Goal
 from storaged.model.qemu_args import QemuArguments
 from storaged.model.record import Record
 from storaged.model.spec import Desired, VolumeSpec, caches_writes, check_spec, difference, without_defaults
+from storaged.observe.journald import about
 from storaged.store.base import Damaged
 from storaged.store.files import Found
 from storaged.supervisor import fetching, overlay
@@ -65,7 +66,7 @@ class Manager:
             elif volume is not None and msgspec.structs.replace(volume.spec, persist=False) != spec:
                 log.warning(
                     "volume %s: %s wishes for something else than what is attached (%s): detach it, and reload again",
-                    name, self.environment.files.path(name), difference(volume.spec, spec),
+                    name, self.environment.files.path(name), difference(volume.spec, spec), extra=about(name),
                 )
 
     def volumes(self) -> list[Volume]:
@@ -257,7 +258,7 @@ class Manager:
             await volume.run(adopt=adopt)
         except Exception:
             # The edge of an actor: a bug in one must not end the others. Its QSD and device go on working.
-            log.exception("the actor of volume %s ended; restart storaged to adopt it again", name)
+            log.exception("the actor of volume %s ended; restart storaged to adopt it again", name, extra=about(name))
             if not volume.ended:
                 return
         if self._volumes.get(name) is volume:
@@ -287,7 +288,7 @@ class Manager:
                 unknown.add(damaged.name)
                 record = self._record_of(damaged.name)
                 if record is not None:
-                    log.warning("volume %s goes on from its record", damaged.name)
+                    log.warning("volume %s goes on from its record", damaged.name, extra=about(damaged.name))
                     found[damaged.name] = Desired(
                         spec=record.spec, wanted="failing" if record.rescue else "attached", boot=boot_id()
                     )
@@ -299,7 +300,7 @@ class Manager:
                 try:
                     environment.volatile.put(found[name])
                 except StoragedError as error:
-                    log.warning("volume %s: it is known by its file alone: %s", name, error)
+                    log.warning("volume %s: it is known by its file alone: %s", name, error, extra=about(name))
         os.makedirs(layout.volumes_dir, mode=0o700, exist_ok=True)
         left = {*overlay.all_names(layout.snapshots_dir), *fetching.all_names(layout)}
         for name in sorted({*os.listdir(layout.volumes_dir), *left}):
@@ -319,7 +320,10 @@ class Manager:
                 # It may well be wanted: nothing of it is thrown away before the user says so.
                 found[name] = Desired(spec=spec)
                 continue
-            log.warning("volume %s: nobody wants what is left of it; it is taken away unless it is used", name)
+            log.warning(
+                "volume %s: nobody wants what is left of it; it is taken away unless it is used", name,
+                extra=about(name),
+            )
             found[name] = Desired(spec=spec, wanted="absent")
         return [found[name] for name in sorted(found)]
 
@@ -340,7 +344,9 @@ class Manager:
                 volumes.pop(name, None)
                 bad[name] = error.at(volume=name)
         for name, wrong in bad.items():
-            log.error("%s [%s]; %s", wrong, wrong.code, wrong.hint)
+            log.error(
+                "%s [%s]; %s", wrong, wrong.code, wrong.hint, extra=about(name, "failure", code=wrong.code.value)
+            )
             self.environment.events.publish(name, "failure", "absent", str(wrong))
         return Found(volumes, bad, loaded.detached)
 
@@ -358,7 +364,10 @@ class Manager:
 
     def _report(self, damaged: Damaged) -> None:
         text = f"the stored volume is damaged: {damaged.cause}; set aside as {damaged.set_aside}"
-        log.error("volume %s: %s [%s]", damaged.name, text, ErrorCode.STATE_DAMAGED)
+        log.error(
+            "volume %s: %s [%s]", damaged.name, text, ErrorCode.STATE_DAMAGED,
+            extra=about(damaged.name, "failure", code=ErrorCode.STATE_DAMAGED),
+        )
         self.environment.events.publish(damaged.name, "failure", "absent", text)
 
     def _forget_former_boot(self) -> None:

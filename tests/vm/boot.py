@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from storaged.host.scope import cgroup_of, unit_name
-from tests.harness import Daemon, eventually, image, run
+from tests.harness import STORAGED, Daemon, eventually, image, run
 from tests.vm.machine.__main__ import throwaway, told
 from tests.vm.machine.qemu import CACHE, MACHINES, Machine
 from tests.vm.machine.session import MachineError
@@ -112,12 +112,12 @@ def before() -> None:
         serve(name, port)
         daemon.attach(name, f"nbd://127.0.0.1:{port}/disk", transport=transport, persist=True)
     for name in [*NAMES, *DEAD]:
-        daemon.cli("wait", name, "--timeout", "60")
+        run(*STORAGED, "wait", name, "--timeout", "90")
         run("mkfs.ext4", "-q", f"/dev/storaged/{name}")
         Path("/mnt", name).mkdir()
         if name in IN_FSTAB:
             # As at the boot: by its unit, which waits for the volume.
-            run("systemctl", "start", f"mnt-{name.replace('-', chr(92) + 'x2d')}.mount")
+            run("systemctl", "start", f"/mnt/{name}")
         else:
             run("mount", f"/dev/storaged/{name}", f"/mnt/{name}")
     for name in [*NAMES, *DEAD]:
@@ -246,10 +246,10 @@ def after() -> None:
         assert not daemon.online(name)
         serve(name, port)
     for name in DEAD:
-        daemon.cli("wait", name, "--timeout", "100")
+        run(*STORAGED, "wait", name, "--timeout", "90")
     with open(PLACE / "none", "wb") as file:
         file.truncate(1 << 20)
-    daemon.cli("wait", NEVER, "--timeout", "100")
+    run(*STORAGED, "wait", NEVER, "--timeout", "90")
     shown = run("journalctl", "-b", "-1", "-o", "short-monotonic", "-u", "storaged-stuck").stdout
     assert re.findall("volume (.*): its I/O is ended", shown) == list(DEAD), shown
 
