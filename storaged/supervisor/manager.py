@@ -163,7 +163,7 @@ class Manager:
     async def persist(self, name: str, *, on: bool) -> Volume:
         """Attach a volume again at each boot, or do not. One that has a file and was detached is attached now.
 
-        Raises UNSUPPORTED for one that has a file and shall not come back: storaged does not write there.
+        Raises INVALID_ARGUMENT where a secret of it was typed, and UNSUPPORTED for one that has a file and shall not come back: storaged does not write there.
         """
         path = self.file_of(name)
         if path is not None and not on:
@@ -175,6 +175,9 @@ class Manager:
             await self._mark(name, detached=False)
             return await self.attach(self._files.volumes[name], None)
         volume = self.get(name)
+        if on and path is None:
+            # A secret that somebody typed is not kept over reboots.
+            check_secrets(msgspec.structs.replace(volume.spec, persist=True), NO_SECRETS)
         if path is None:
             await volume.persist(on, self.environment.config.attach_timeout)
         return volume

@@ -9,7 +9,18 @@ import subprocess
 from pathlib import Path
 
 from storaged.errors import ErrorCode
-from tests.harness import STORAGED, Daemon, error_of, eventually, image, leftovers, reads, run, writes
+from tests.harness import (
+    STORAGED,
+    Daemon,
+    error_of,
+    eventually,
+    image,
+    leftovers,
+    luks_image,
+    reads,
+    run,
+    writes,
+)
 
 
 def write(daemon: Daemon, name: str, text: str) -> Path:
@@ -119,6 +130,17 @@ def test_persist_moves_the_wish_and_a_daemon_that_dies_meanwhile_has_one_of_the_
     assert not forgotten.exists()
     daemon.detach("a")
     assert not kept.exists()
+
+
+def test_a_secret_that_was_typed_is_not_persisted(daemon: Daemon, place: Path) -> None:
+    key = place / "key"
+    key.write_text("secret")
+    disk = luks_image(place / "a.luks", key)
+    daemon.cli("attach", "a", str(disk), "--format", "luks", "--transport", "fuse", "-o", "key-file=-", stdin="secret")
+    error = error_of(lambda: daemon.call("Persist", name="a", on=True))
+    assert error.code is ErrorCode.INVALID_ARGUMENT
+    assert daemon.show("a")["persist"] is False
+    daemon.detach("a")
 
 
 def test_parked_volumes_are_flushed_and_ended_but_those_in_use_and_all_come_back(
