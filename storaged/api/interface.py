@@ -57,7 +57,8 @@ class Volume:
     """A volume as wished for and as observed. Sizes in bytes, times in seconds since the epoch.
 
     A volume for a virtual machine has a socket in place of a device. deaths is how often its QSD has died, paused for
-    how many seconds I/O waited at the last recovery. history has the newest last; only Show tells it.
+    how many seconds I/O waited at the last recovery. history has the newest last; only Show tells it. file is
+    what wishes for the volume at each boot, if there is one.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Volume:
     deaths: int
     paused: float | None
     history: list[HistoryEntry] | None
+    file: str | None
 
 
 @dataclasses.dataclass
@@ -218,6 +220,16 @@ class StoragedInterface(VarlinkInterface):
     @varlinkmethod(return_parameter="volume")
     async def Upgrade(self, *, name: str, timeout: float | None = None) -> Volume:
         """Replace the QSD of a volume by the binary that is installed now, while the device is in use."""
+        raise NotImplementedError
+
+    @varlinkmethod(return_parameter="volume")
+    async def Persist(self, *, name: str, on: bool) -> Volume:
+        """Attach a volume again after each boot, or do not."""
+        raise NotImplementedError
+
+    @varlinkmethod(return_parameter="notes")
+    async def Park(self, *, timeout: float | None = None) -> list[str]:
+        """The host goes down: flush and end what nobody uses, and keep the wishes; notes say what goes on, and why."""
         raise NotImplementedError
 
     @varlinkmethod(return_parameter="volumes")

@@ -232,6 +232,29 @@ def _qemu_args(args: argparse.Namespace) -> int:
     return 0
 
 
+def _persist(args: argparse.Namespace) -> int:
+    with _client(args) as client:
+        client.call("Persist", {"name": args.name, "on": args.on == "on"}, timeout=2 * _QUICK)
+    return 0
+
+
+def _shutdown(args: argparse.Namespace) -> int:
+    from storaged.cli import shutdown
+
+    if args.stuck_after is None:
+        shutdown.park(lambda: _client(args), args.timeout or _QUICK)
+    else:
+        shutdown.end_stuck(lambda: _client(args), args.stuck_after)
+    return 0
+
+
+def _wait(args: argparse.Namespace) -> int:
+    from storaged.cli.waiting import unescaped, until_online
+
+    name = unescaped(args.name) if args.unit else args.name
+    return _write_device(args, until_online(lambda: _client(args), name, args.timeout or _QUICK))
+
+
 def _watch(args: argparse.Namespace) -> int:
     with _client(args) as client:
         for answer in client.stream("Watch", _said({"name": args.name})):
@@ -359,10 +382,13 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "doctor": _doctor,
     "image": _image,
     "list": _list,
+    "persist": _persist,
     "rescue": _rescue,
     "resize": _resize,
     "resume": _resume,
     "show": _show,
+    "shutdown": _shutdown,
     "upgrade": _upgrade,
+    "wait": _wait,
     "watch": _watch,
 }

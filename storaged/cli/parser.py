@@ -69,6 +69,27 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("name", metavar="NAME", nargs="?", help="only those of this volume")
     _json(command, "print one object per line")
 
+    command = _command(commands, "wait", "wait until a volume is online, and print the device (or socket)")
+    _name(command, "the volume")
+    command.add_argument(
+        "--unit", action="store_true", help="NAME is as in storaged@NAME.service, where systemd escapes dashes"
+    )
+    _timeout(command)
+    _json(command, "print the volume as an object, and a failure as one on stderr")
+
+    command = _command(commands, "persist", "attach a volume again after each reboot, or do not")
+    _name(command, "the volume")
+    command.add_argument("on", metavar="on|off", choices=("on", "off"), help="whether")
+
+    command = _command(
+        commands, "shutdown", "for systemd, as the host goes down: flush and end what nobody uses, and keep the wishes"
+    )
+    command.add_argument(
+        "--stuck-after", metavar="SECONDS", type=_seconds,
+        help="instead, until the daemon is gone: end the I/O of volumes that have hung for so long",
+    )
+    _timeout(command)
+
     command = _command(commands, "resize", "grow a volume and its device")
     _name(command, "the volume")
     command.add_argument(
