@@ -22,6 +22,7 @@ from storaged.host.protection import protect_daemon
 from storaged.host.unixsock import bind_unix
 from storaged.model.config import Config, parse_config
 from storaged.model.layout import LOCK_DIR, Layout
+from storaged.observe.serving import serve_metrics
 from storaged.store.local import LocalStore
 from storaged.supervisor.environment import Environment
 from storaged.supervisor.events import EventHub
@@ -92,9 +93,11 @@ async def _serve(layout: Layout, config: Config, group: int) -> None:
         server = Server(manager, listener, group)
         await manager.start()
         server.start()
+        metrics = tasks.create_task(serve_metrics(manager), name="metrics")
         log.info("ready, %d volumes, socket %s", len(manager.volumes()), layout.socket)
         await stop.wait()
         log.info("ending; volumes stay attached")
+        metrics.cancel()
         await server.close()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(layout.socket)

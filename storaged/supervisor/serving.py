@@ -137,7 +137,7 @@ async def _kill_unopened(held: Holding) -> None:
 
 
 async def _open(held: Holding, wanted: opening.Opening, timeout: float) -> None:
-    spec = held.spec
+    spec, began = held.spec, time.monotonic()
     session = await held.qsd.session()
     for command, arguments in held.transport.setup(held.site, held.known()):
         await session.execute(command, arguments)
@@ -197,7 +197,7 @@ async def _open(held: Holding, wanted: opening.Opening, timeout: float) -> None:
         # Before the record says that it is open: who adopts it then would not do this any more.
         await _owe_a_flush(held, session, size, timeout)
     # Once it is exported it may acknowledge writes: that it does waits for this to be on the disk.
-    held.note_meanwhile(size=size, settled=False)
+    held.note_meanwhile(size=size, settled=False, open_seconds=time.monotonic() - began)
 
 
 async def _add_and_look(held: Holding, session: Session, wanted: opening.Opening, timeout: float) -> bool:
