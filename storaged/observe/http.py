@@ -27,6 +27,8 @@ MOST_CLIENTS = 8
 #: Seconds for the handshake and the request, and then for the answer.
 REQUEST_TIME = 5.0
 ANSWER_TIME = 30.0
+#: Seconds for the client to hang up, once it has its answer.
+_FAREWELL = 1.0
 #: Bytes of a request.
 _LONGEST = 16384
 #: Bytes that are sent at once.
@@ -73,9 +75,8 @@ class Protection:
 
     def __init__(self, path: str | None) -> None:
         self._path = path
-        self._seen: object = None
         self._config: WebConfig | None = None
-        self._files: tuple[str, ...] = ()
+        self._told = ""
         self._reading = threading.Lock()
         self.passwords = Passwords() if path is not None else None
 
@@ -84,24 +85,17 @@ class Protection:
         if self._path is None:
             return WebConfig()
         with self._reading:
-            seen = [_mark(name) for name in (self._path, *self._files)]
-            if seen != self._seen:
+            if self._config is None or self._config.is_outdated():
                 try:
                     self._config = load(self._path)
-                    self._files = self._config.files
                 except WebConfigError as error:
-                    log.error("nobody is given metrics until this is mended: %s", error)
                     self._config = None
-                self._seen = [_mark(name) for name in (self._path, *self._files)]
+                    if str(error) != self._told:
+                        log.error("nobody is given metrics until this is mended: %s", error)
+                    self._told = str(error)
+                else:
+                    self._told = ""
             return self._config
-
-
-def _mark(path: str) -> tuple[int, ...] | None:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino, found.st_dev
 
 
 class MetricsServer:
@@ -112,6 +106,7 @@ class MetricsServer:
         self._protection = protection
         self._scrape = scrape
         self._stop_reader, self._stop_writer = os.pipe2(os.O_CLOEXEC)
+        self._stopped = False
         self._clients: set[_Client] = set()
         self._changing = threading.Lock()
         self.port = 0
@@ -124,7 +119,9 @@ class MetricsServer:
 
     def stop(self) -> None:
         """Listen no more, and drop all clients. Waits for the thread that listens, which takes no time."""
-        os.close(self._stop_writer)
+        if not self._stopped:
+            self._stopped = True
+            os.close(self._stop_writer)
         self._thread.join(5)
         with self._changing:
             for client in self._clients:
@@ -308,9 +305,16 @@ def _send(connection: socket.socket, request: _Request, answer: _Answer, config:
     while data:
         connection.settimeout(_left(deadline))
         data = data[connection.send(data[:_PIECE]):]
-    # Bytes that were not read would make the close a reset, which may take the answer with it.
+    _take_leave(connection)
+
+
+def _take_leave(connection: socket.socket) -> None:
+    """Let the client hang up first: a close with bytes unread is a reset, which may take the answer with it."""
+    deadline = time.monotonic() + _FAREWELL
     connection.settimeout(_left(deadline))
     if isinstance(connection, ssl.SSLSocket):
         connection.unwrap()
-    else:
-        connection.shutdown(socket.SHUT_WR)
+        return
+    connection.shutdown(socket.SHUT_WR)
+    while connection.recv(_PIECE):
+        connection.settimeout(_left(deadline))

@@ -24,10 +24,10 @@ async def serve_metrics(manager: Manager) -> None:
         exporter = await BlockingCalls("metrics")(
             "load what metrics need", 60, _load, manager, asyncio.get_running_loop()
         )
+        exporter.server.start()
     except Exception:
         log.exception("there are no metrics")
         return
-    exporter.server.start()
     try:
         await environment.counts.measure_lag()
     finally:

@@ -82,12 +82,17 @@ class WebConfig:
     """Name → bcrypt hash; empty: no password is asked for."""
     headers: Mapping[str, str] = field(default_factory=dict)
     """Sent with each answer."""
-    files: tuple[str, ...] = ()
-    """What was read: a change of any of them makes this one out of date."""
+    files: Mapping[str, object] = field(default_factory=dict)
+    """What was read, and what it was like just before that."""
+
+    def is_outdated(self) -> bool:
+        """Whether one of the files is another one by now."""
+        return any(_mark(path) != before for path, before in self.files.items())
 
 
 def load(path: str) -> WebConfig:
     """Read the file and what it names; relative paths begin at its directory. Raises WebConfigError."""
+    files = {path: _mark(path)}
     try:
         with open(path, "rb") as file:
             found = msgspec.convert(yaml.safe_load(file) or {}, _File)
@@ -104,10 +109,10 @@ def load(path: str) -> WebConfig:
     try:
         _check_headers(headers)
         _check_users(users)
-        context, files = _context(tls, os.path.dirname(os.path.abspath(path)))
+        context = _context(tls, os.path.dirname(os.path.abspath(path)), files)
     except WebConfigError as error:
         raise WebConfigError(f"{path}: {error}") from error
-    return WebConfig(context, frozenset(tls.client_allowed_sans), users, headers, (path, *files))
+    return WebConfig(context, frozenset(tls.client_allowed_sans), users, headers, files)
 
 
 def _told(error: Exception) -> str:
@@ -131,13 +136,22 @@ def _check_users(users: Mapping[str, bytes]) -> None:
             raise WebConfigError(f"the password of {name!r} is no bcrypt hash (htpasswd -nBC 10 makes one)")
 
 
-def _context(tls: _Tls, directory: str) -> tuple[ssl.SSLContext | None, list[str]]:
-    """Return the TLS context, None where nothing asks for TLS, and the files that it was made of."""
+def _mark(path: str) -> object:
+    """What is another one when the file is."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino, found.st_dev
+
+
+def _context(tls: _Tls, directory: str, files: dict[str, object]) -> ssl.SSLContext | None:
+    """Return the TLS context, None where nothing asks for TLS; note the files that it is made of."""
     given = [tls.cert_file, tls.key_file, tls.client_ca_file]
     if not any(given) and not tls.client_auth_type:
         if tls.client_allowed_sans:
             raise WebConfigError("client_allowed_sans without cert_file and key_file")
-        return None, []
+        return None
     if not (tls.cert_file and tls.key_file):
         raise WebConfigError("TLS needs cert_file and key_file")
     verify = _CLIENT_AUTH.get(tls.client_auth_type)
@@ -154,6 +168,7 @@ def _context(tls: _Tls, directory: str) -> tuple[ssl.SSLContext | None, list[str
     if unknown:
         raise WebConfigError(f"{unknown[0]!r} is not known")
     cert, key, authority = (os.path.join(directory, name) if name else "" for name in given)
+    files.update({name: _mark(name) for name in (cert, key, authority) if name})
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     path = cert
     try:
@@ -173,7 +188,7 @@ def _context(tls: _Tls, directory: str) -> tuple[ssl.SSLContext | None, list[str
         raise WebConfigError(f"{path} cannot be used for TLS: {error.reason or 'it is no PEM'}") from error
     except (OSError, ValueError) as error:
         raise WebConfigError(f"{path} or its key: {getattr(error, 'strerror', None) or error}") from error
-    return context, [name for name in (cert, key, authority) if name]
+    return context
 
 
 def _no_passphrase() -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import logging
-import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ import pytest
 
 from storaged.observe import http
 from storaged.observe.http import MetricsServer, Protection
+from tests.backends.web_server import make_certificate
 from tests.harness import eventually
 
 PASSWORD = b"correct horse"
@@ -152,7 +152,6 @@ def test_after_a_stop_nobody_listens_and_nobody_is_served() -> None:
         assert client.recv(1) == b""
         with pytest.raises(ConnectionRefusedError):
             connect(server)
-        server._stop_writer = os.open("/dev/null", os.O_RDONLY)  # for the second stop
 
 
 def test_an_address_that_is_taken_is_tried_again(
@@ -230,3 +229,18 @@ def test_a_change_of_the_file_holds_from_the_next_client_on(
         assert get(server)[0] == 0
         config.write_text("")
         assert get(server)[0] == 200
+
+
+def test_a_certificate_that_comes_late_is_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = tmp_path / "web.yml"
+    config.write_text("tls_server_config: {cert_file: cert.pem, key_file: key.pem}\n")
+    protection = Protection(str(config))
+    assert protection.now() is None
+    make_certificate(tmp_path)
+    late = protection.now()
+    assert late is not None
+    assert late.tls is not None
+    assert protection.now() is late
+    (tmp_path / "key.pem").write_text("no PEM")
+    assert protection.now() is None
+    assert [record.levelname for record in caplog.records] == ["ERROR", "ERROR"]
