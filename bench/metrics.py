@@ -62,14 +62,16 @@ def scrape(port: int) -> tuple[float, bytes]:
     return (time.perf_counter() - begin) * 1000, content
 
 
-async def lags(until: Callable[[], bool]) -> list[float]:
-    """Milliseconds by which the loop was late, each time, until something is over."""
-    found, loop = [], asyncio.get_running_loop()
+async def lags(until: Callable[[], bool], busy: Callable[[], bool]) -> tuple[list[float], list[float]]:
+    """Milliseconds by which the loop was late, each time, until something is over: while busy, and while not."""
+    during: list[float] = []
+    between: list[float] = []
+    loop = asyncio.get_running_loop()
     while not until():
-        due = loop.time() + TICK
+        was_busy, due = busy(), loop.time() + TICK
         await asyncio.sleep(TICK)
-        found.append((loop.time() - due) * 1000)
-    return found
+        (during if was_busy or busy() else between).append((loop.time() - due) * 1000)
+    return during, between
 
 
 def told(what: str, values: list[float]) -> None:
@@ -113,8 +115,6 @@ async def made_up(number: int, scrapes: int) -> None:
             exporter.server.start()
             while not exporter.server.port:  # noqa: ASYNC110  # it is a thread that listens
                 await asyncio.sleep(0.01)
-            idle_until = time.monotonic() + 1
-            told("lag of the loop, idle", await lags(lambda: time.monotonic() > idle_until))
             began = time.process_time()
             # Prometheus is another process: it does not share the interpreter with the loop.
             client = await asyncio.create_subprocess_exec(
@@ -122,14 +122,15 @@ async def made_up(number: int, scrapes: int) -> None:
                 stdout=asyncio.subprocess.PIPE,
             )
             answer = asyncio.create_task(client.communicate())
-            late = await lags(answer.done)
+            during, between = await lags(answer.done, exporter._scraping.locked)
             found = json.loads((await answer)[0])
             told(
                 f"scrape of {number} made up volumes, {found['samples']} samples, {found['bytes'] / 1e6:.1f} MB",
                 found["took"],
             )
             used = (time.process_time() - began) * 1000 / scrapes
-            told("lag of the loop while it is scraped four times a second", late)
+            told("lag of the loop during a scrape", during)
+            told("lag of the loop between scrapes", between)
             print(f"processor time of a scrape, with the measurement of the lag: {used:.1f} ms")
             print(
                 f"memory: {before:.1f} MiB, with the volumes {with_volumes:.1f}, after the scrapes {resident():.1f}"

@@ -43,8 +43,11 @@ def usage(who: ProcessIdentity) -> Usage | None:
     Fields 14, 15, 22 and 24 of /proc/PID/stat (proc_pid_stat(5)). Whose start time is another one got its number.
     """
     try:
-        with open(f"/proc/{who.pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
+        fd = os.open(f"/proc/{who.pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fields = os.read(fd, 4096).rpartition(b")")[2].split()
+        finally:
+            os.close(fd)
     except (FileNotFoundError, ProcessLookupError):
         return None
     if len(fields) < 22 or int(fields[19]) != who.start_time:

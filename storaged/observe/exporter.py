@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import gc
 import threading
 import time
+from collections.abc import Sequence
 
 from storaged.model.config import MetricsConfig
-from storaged.observe.facts import gather, sample
+from storaged.observe.facts import Facts, gather, sample
 from storaged.observe.http import MetricsServer, Protection
 from storaged.observe.metrics import Metrics
 from storaged.supervisor.manager import Manager
@@ -53,8 +55,22 @@ class Exporter:
             except (concurrent.futures.TimeoutError, concurrent.futures.CancelledError) as error:
                 asked.cancel()
                 raise TimeoutError from error
-            return self._metrics.render(accept, facts, sample)
+            return self._render(accept, facts)
         finally:
             now = time.monotonic()
             self._not_before = now + min(_LONGEST_REST, _REST * (now - began))
             self._scraping.release()
+
+    def _render(self, accept: str, facts: Sequence[Facts]) -> tuple[str, bytes]:
+        """What this makes is gone when it ends, and has no cycles: it goes without a collection of garbage.
+
+        A collection meanwhile would take it for something that stays, and so, every few scrapes, all objects of the
+        daemon would be looked through: 15 ms in which the event loop stands still (measured).
+        """
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            return self._metrics.render(accept, facts, sample)
+        finally:
+            if collects:
+                gc.enable()

@@ -18,7 +18,7 @@ from storaged.observe.families import FAILURE, FAMILIES, INFO, PAUSE, SIMPLE, ST
 
 #: Volumes that are written in one go, and the pause behind them (seconds): the event loop gets its turn meanwhile.
 #: Without it the interpreter would hold the loop up for 5 ms at a time (sys.setswitchinterval).
-_AT_ONCE = 20
+_AT_ONCE = 25
 _PAUSE = 0.0001
 
 _STATES = tuple(f'state="{state.value}"}}' for state in State)
