@@ -168,13 +168,15 @@ def connected(device: str) -> bool:
     return False
 
 
-def watch_dead_links(tell: Callable[[str], None]) -> None:
+def watch_dead_links(tell: Callable[[str], None], listening: Callable[[], object]) -> None:
     """Call ``tell`` with the device each time the kernel loses a connection (group nbd_mc_group).
 
-    Returns when somebody else begins to watch. Raises OSError, TRANSPORT_UNAVAILABLE where the kernel has no NBD (yet).
+    ``listening`` is called once: from then on nothing is missed. Returns when somebody else begins to watch. Raises
+    OSError, TRANSPORT_UNAVAILABLE where the kernel has no NBD (yet).
     """
     listener = netlink.listen("nbd", "nbd_mc_group")
     try:
+        listening()
         for message in listener:
             for index in message.find("NBD_ATTR_INDEX") if message.command == _LINK_DEAD else ():
                 tell(f"/dev/nbd{index}")

@@ -1,4 +1,6 @@
-"""Keeps the daemon and its QSDs going while the host has no memory left: prctl(2), proc(5), mlockall(2).
+"""Keeps the daemon and its QSDs going while the host has no memory left, and their memory to themselves.
+
+prctl(2), proc(5), mlockall(2), core(5).
 
 A host that is short of memory writes dirty pages back and swaps, and with a userspace disk both wait for a process that
 needs memory itself. So neither QSD nor the daemon, which starts a dead QSD's successor while everything waits for it,
@@ -8,6 +10,7 @@ docs/architecture.md has the reasons for each.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -16,6 +19,7 @@ import threading
 
 #: include/uapi/linux/prctl.h, Linux 5.6. Sets PF_MEMALLOC_NOIO and PF_LOCAL_THROTTLE of the calling thread.
 _PR_SET_IO_FLUSHER = 57
+_PR_SET_DUMPABLE = 4
 #: include/uapi/asm-generic/mman.h; MCL_ONFAULT is Linux 4.4.
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 #: CAP_SYS_RESOURCE in include/uapi/linux/capability.h.
@@ -44,6 +48,9 @@ def protect_daemon() -> list[str]:
     Must be called before there is a second thread: threads and processes inherit from the thread that makes them.
     """
     failures = []
+    if os.geteuid() == 0:
+        # Secrets go through it: it writes no core. Another user would lose what is its own in /proc.
+        _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
     if (error := _become_io_flusher()) is not None:
         failures.append(
             f"neither qemu-storage-daemon nor the daemon can be made an I/O flusher ({error}), and may wait for their "
@@ -61,6 +68,15 @@ def protect_daemon() -> list[str]:
 def spare(pid: int) -> None:
     """Keep the OOM killer away from a QSD. Where that is not allowed ``protect_daemon`` has said so; it may be gone."""
     _lower_score(str(pid), QSD_SCORE)
+
+
+def write_no_core(pid: int) -> None:
+    """Have a process that will hold secrets write none of its memory to a file when it crashes. It may be gone.
+
+    A limit of 1 counts for a core that goes to a program (systemd-coredump), too: vfs_coredump in fs/coredump.c.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        resource.prlimit(pid, resource.RLIMIT_CORE, (1, 1))
 
 
 def keep_program(pid: int) -> None:

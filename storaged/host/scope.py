@@ -17,6 +17,7 @@ from typing import Any
 from storaged.errors import StoragedError
 from storaged.host import protection
 from storaged.host.blocking import BlockingCalls
+from storaged.observe.journald import about
 
 #: Bytes of a QSD that are not reclaimed. Under load the scope of one holds 4 to 15 MiB beside the page cache of its
 #: image; its program and libraries are 9 MiB, which count where they were read first; the rest is reserve.
@@ -79,7 +80,7 @@ def _complain(name: str, error: Exception) -> None:
         _told.add(text)
         log.warning(
             "qemu-storage-daemon of %s has no systemd scope of its own, and may be swapped out: %s "
-            "(said once; others may follow)", name, text,
+            "(said once; others may follow)", name, text, extra=about(name),
         )
 
 

@@ -1,1 +1,1 @@
-"""What storaged tells those who watch it: Prometheus metrics."""
+"""What storaged tells those who watch it."""

@@ -12,16 +12,21 @@ from typing import Any
 
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import protection
+from storaged.qsd.stderr import WAITS
 
 #: What of its own environment the daemon hands on; TMPDIR is the volume's own.
 _ENVIRONMENT = ("PATH", "LANG", "LC_ALL")
 _LOG_TAIL = 2000
-_WAITS = "info: QEMU waiting for connection on: "
 
 
 def pidfile(directory: str) -> str:
     """The path of QSD's pid file; on its command line, it also tells whose QSD a process is."""
     return os.path.join(directory, "qsd.pid")
+
+
+def log_file(directory: str) -> str:
+    """The path of the file that QSD's standard error goes to."""
+    return os.path.join(directory, "qsd.log")
 
 
 def qmp_socket(directory: str) -> str:
@@ -43,11 +48,12 @@ def find_binary(binary: str) -> str:
 
 def spawn(
     binary: str, directory: str, listener: socket.socket, keep: Sequence[int],
-    further: Mapping[str, str] | None = None, *, objects: Sequence[Mapping[str, Any]] = (),
+    further: Mapping[str, str] | None = None, *, objects: Sequence[Mapping[str, Any]] = (), secret: bool = False,
 ) -> tuple[int, int]:
     """Start QSD with nothing but ``objects`` and its QMP monitor on ``listener``, and return its pid and a pidfd.
 
-    Each of the ``objects`` is what object-add takes. Everybody can read them: no secrets.
+    Each of the ``objects`` is what object-add takes. Everybody can read them: no secrets. With ``secret``, some will
+    come by the monitor, and the process writes no core.
 
     The first client must be in the backlog of ``listener`` already: QSD waits for it, so that nobody has to wait
     for a file to appear. The descriptors ``keep`` (source locks, claims) are inherited and live as long as the
@@ -59,7 +65,7 @@ def spawn(
     environment = {key: os.environ[key] for key in _ENVIRONMENT if key in os.environ}
     environment["TMPDIR"] = os.path.join(directory, "tmp")
     environment |= further or {}
-    with open(os.path.join(directory, "qsd.log"), "ab") as log:
+    with open(log_file(directory), "ab") as log:
         try:
             child = subprocess.Popen(
                 [
@@ -82,6 +88,8 @@ def spawn(
                 hint="install qemu-storage-daemon again, or set qsd.binary in storaged.toml",
             ) from error
     protection.spare(child.pid)
+    if secret:
+        protection.write_no_core(child.pid)
     # It is watched and collected through its pidfd; Popen must neither wait for it nor warn about it.
     child.returncode = 0
     # A child that was not collected keeps its number, even when it is dead already.
@@ -99,12 +107,12 @@ def died(directory: str, how: str) -> StoragedError:
 def log_tail(directory: str) -> str:
     """Return the last lines that QSD wrote, on one line; empty if there are none."""
     try:
-        with open(os.path.join(directory, "qsd.log"), "rb") as file:
+        with open(log_file(directory), "rb") as file:
             file.seek(0, os.SEEK_END)
             file.seek(max(0, file.tell() - _LOG_TAIL))
             text = file.read().decode(errors="replace")
     except OSError:
         return ""
     # It says at each start that it waits for us.
-    lines = [line.strip() for line in text.splitlines() if line.strip() and _WAITS not in line]
+    lines = [line.strip() for line in text.splitlines() if line.strip() and WAITS not in line]
     return " | ".join(lines[-3:])

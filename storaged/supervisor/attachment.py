@@ -146,6 +146,7 @@ class Attachment(Holding):
         Raises ADOPTION_REFUSED, with everything left as it is, where something serves a device and its identity
         is in doubt.
         """
+        self.stderr.skip()
         record, damage = await self.blocking("read the record", 10, adoption.read_record, self.site)
         self.record = record
         if record is not None:
@@ -202,11 +203,15 @@ class Attachment(Holding):
                 await self.forget_device()
             case Step.START:
                 await serving.start(self, timeout)
+                if self.transport.reconnects:
+                    self.environment.dead_links.begin()
             case Step.OPEN:
                 await serving.open_source(self, timeout)
             case Step.EXPORT:
                 await serving.export(self, timeout)
             case Step.CONNECT:
+                if self.transport.reconnects:
+                    await self.environment.dead_links.listen(min(10.0, timeout / 2))
                 connected = await self.transport.connect(self.site, self.known(), timeout)
                 self.environment.fault("connect: made")
                 await self.note(

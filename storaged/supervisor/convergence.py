@@ -15,6 +15,7 @@ from storaged.model.plan import DOING, RESCUES, Device, Goal, Observed, Qsd, Ste
 from storaged.model.recovery import STABLE_AFTER, backoff
 from storaged.model.spec import Desired
 from storaged.model.states import State, state_of
+from storaged.observe.journald import about
 from storaged.supervisor.actor import Actor
 from storaged.supervisor.attachment import Attachment
 from storaged.supervisor.environment import Environment
@@ -45,6 +46,7 @@ class Convergence(Actor):
         self.attachment = Attachment(desired.spec, environment, self.wake)
         self._environment = environment
         self._health = Health(self.attachment, self.wake)
+        self._about = about(self.name)
         self._journal = Journal(self.attachment)
         self._stored: Goal | str | None = None if fresh else self.goal
         self._adopted = fresh
@@ -206,15 +208,17 @@ class Convergence(Actor):
         if error.code is not ErrorCode.QSD_SILENT:
             self._set_back()
         if news:
+            line = f"{error} [{error.code}]"
             if error.code is not ErrorCode.QSD_SILENT or self._health.condition is None:
-                self._journal.add(Happening.FAILURE, str(error))
+                self._journal.add(Happening.FAILURE, str(error), log_as=line, code=error.code)
+            else:
+                log.error("%s", line, extra=about(self.name, Happening.FAILURE, code=error.code))
             self._emit("failure", str(error))
-            log.error("%s [%s]", error, error.code)
 
     def _set_state(self, state: State) -> None:
         if state is self.state:
             return
-        log.info("volume %s: %s -> %s", self.name, self.state, state)
+        log.info("volume %s: %s -> %s", self.name, self.state, state, extra=about(self.name, "state", state=state))
         self.state, self.since = state, time.time()
         self._emit("state", state.value)
 

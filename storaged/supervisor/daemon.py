@@ -10,7 +10,6 @@ import logging
 import os
 import resource
 import signal
-import sys
 from dataclasses import replace
 
 import uvloop
@@ -22,6 +21,7 @@ from storaged.host.protection import protect_daemon
 from storaged.host.unixsock import bind_unix
 from storaged.model.config import Config, parse_config
 from storaged.model.layout import LOCK_DIR, Layout
+from storaged.observe import journald
 from storaged.observe.serving import serve_metrics
 from storaged.store.local import LocalStore
 from storaged.supervisor.environment import Environment
@@ -38,9 +38,7 @@ def run(layout: Layout, config_file: str | None) -> int:
     os.umask(0o022)
     config = load_config(layout, config_file)
     group = _group(config)
-    logging.basicConfig(
-        stream=sys.stderr, level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s"
-    )
+    journald.set_up(config.log_level.upper())
     # Before there is a second thread: it would not inherit what this one gets.
     for failure in protect_daemon():
         log.warning("%s", failure)
@@ -94,9 +92,11 @@ async def _serve(layout: Layout, config: Config, group: int) -> None:
         await manager.start()
         server.start()
         metrics = tasks.create_task(serve_metrics(manager), name="metrics")
-        log.info("ready, %d volumes, socket %s", len(manager.volumes()), layout.socket)
+        log.info(
+            "ready, %d volumes, socket %s", len(manager.volumes()), layout.socket, extra=journald.about(event="ready")
+        )
         await stop.wait()
-        log.info("ending; volumes stay attached")
+        log.info("ending; volumes stay attached", extra=journald.about(event="ending"))
         metrics.cancel()
         await server.close()
         with contextlib.suppress(FileNotFoundError):

@@ -84,6 +84,7 @@ class Health:
 
     def glance(self) -> bool:
         """Sample the device, and say whether it moves, or has nothing to do, or may soon. Never blocks."""
+        self._held.tell_stderr()
         progress = self._sample()
         if progress is not None:
             self.in_flight = progress.in_flight

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
@@ -17,11 +18,16 @@ from storaged.host import locks, scope
 from storaged.host.blocking import BlockingCalls
 from storaged.model.record import ProcessIdentity, Record
 from storaged.model.spec import VolumeSpec
+from storaged.observe.journald import about
+from storaged.qsd.process import log_file
 from storaged.qsd.served import ServedQsd
+from storaged.qsd.stderr import Stderr
 from storaged.supervisor import launch, opening
 from storaged.supervisor.environment import Environment
 from storaged.transports import TRANSPORTS
 from storaged.transports.base import Site, Transport
+
+log = logging.getLogger("storaged.qsd")
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class Holding:
         self.environment = environment
         self.directory = environment.layout.volume_dir(spec.name)
         self.qsd = ServedQsd(self.directory, wake)
+        self.stderr = Stderr(log_file(self.directory))
         self.site = Site(spec.name, self.directory, BlockingCalls(spec.name), environment.layout.vm_sockets_dir)
         # Calls that touch the source have threads of their own: a source that hangs must not use up those that a
         # detach needs.
@@ -124,6 +131,11 @@ class Holding:
         """The actor ends."""
         if self._protecting is not None:
             self._protecting.cancel()
+
+    def tell_stderr(self) -> None:
+        """Log what QSD has said since the last time. Never blocks: the file is on a tmpfs."""
+        for line in self.stderr.news():
+            log.info("volume %s: QSD says: %s", self.spec.name, line, extra=about(self.spec.name, "qsd"))
 
     async def note_connection(self) -> None:
         """The device has a connection to the present QSD."""

@@ -9,9 +9,14 @@ import time
 from storaged.errors import StoragedError
 from storaged.host.atomic import write_atomic
 from storaged.model.history import Happening, History
+from storaged.observe.journald import about
 from storaged.supervisor.holding import Holding
 
 log = logging.getLogger("storaged.journal")
+_LEVELS = {
+    Happening.DEATH: logging.WARNING, Happening.HANG: logging.WARNING, Happening.STALL: logging.WARNING,
+    Happening.RESCUE: logging.WARNING, Happening.LOST: logging.ERROR, Happening.FAILURE: logging.ERROR,
+}
 
 #: Seconds for reading or writing it.
 _PATIENCE = 10.0
@@ -27,8 +32,19 @@ class Journal:
         self._unsaved = False
         self._pause_began: float | None = None
 
-    def add(self, what: Happening, message: str, seconds: float | None = None) -> None:
-        """Note what has happened; ``seconds`` is how long it lasted. :meth:`save` writes it."""
+    def add(
+        self, what: Happening, message: str, seconds: float | None = None, *, log_as: str = "", code: str = "",
+    ) -> None:
+        """Note what has happened, and log it; ``seconds`` is how long it lasted. :meth:`save` writes it.
+
+        ``log_as`` is the whole line of the log where it is to say more; ``code`` that of the error.
+        """
+        name = self._held.spec.name
+        lasted = f" ({seconds:.1f} s)" if seconds is not None else ""
+        log.log(
+            _LEVELS.get(what, logging.INFO), "%s", log_as or f"volume {name}: {what}: {message}{lasted}",
+            extra=about(name, what, code=code),
+        )
         self.history.add(what, message, now=time.time(), seconds=seconds)
         self._unsaved = True
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import msgspec
 
 from storaged.backends import find_backend
-from storaged.backends.base import Requirements
+from storaged.backends.base import NetworkBackend, Requirements
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import locks, process, secrets, sshagent
 from storaged.host.atomic import write_atomic
@@ -140,9 +140,17 @@ def _run(
         # In the backlog before QSD is there: it is served as soon as its main loop runs.
         monitor = connect_unix(qmp_socket(directory))
         objects = TRANSPORTS[record.transport].objects(record)
-        pid, pidfd = spawn(record.binary, directory, listener, held, further, objects=objects)
+        pid, pidfd = spawn(
+            record.binary, directory, listener, held, further, objects=objects,
+            secret=wanted is not None and _holds_secrets(wanted, record.spec),
+        )
     environment.fault("start: spawned")
     return Started(wanted, record, monitor, pid, pidfd)
+
+
+def _holds_secrets(wanted: opening.Opening, spec: VolumeSpec) -> bool:
+    # A client library reads keys of its own, too: Ceph's keyring.
+    return bool(wanted.requirements.secrets) or isinstance(find_backend(spec.source), NetworkBackend)
 
 
 def _provide(needed: Requirements, spec: VolumeSpec, directory: str) -> dict[str, str]:

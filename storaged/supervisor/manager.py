@@ -21,6 +21,7 @@ from storaged.model.plan import RESCUES, Goal
 from storaged.model.qemu_args import QemuArguments
 from storaged.model.record import Record
 from storaged.model.spec import Desired, VolumeSpec, caches_writes, check_spec, without_defaults
+from storaged.observe.journald import about
 from storaged.store.base import Damaged
 from storaged.supervisor import fetching, overlay
 from storaged.supervisor.environment import Environment
@@ -168,7 +169,7 @@ class Manager:
             await volume.run(adopt=adopt)
         except Exception:
             # The edge of an actor: a bug in one must not end the others. Its QSD and device go on working.
-            log.exception("the actor of volume %s ended; restart storaged to adopt it again", name)
+            log.exception("the actor of volume %s ended; restart storaged to adopt it again", name, extra=about(name))
             if not volume.ended:
                 return
         if self._volumes.get(name) is volume:
@@ -194,7 +195,7 @@ class Manager:
                 unknown.add(damaged.name)
                 record = self._record_of(damaged.name)
                 if record is not None:
-                    log.warning("volume %s goes on from its record", damaged.name)
+                    log.warning("volume %s goes on from its record", damaged.name, extra=about(damaged.name))
                     found[damaged.name] = Desired(
                         spec=record.spec, wanted="failing" if record.rescue else "attached", boot=boot_id()
                     )
@@ -218,7 +219,10 @@ class Manager:
                 # It may well be wanted: nothing of it is thrown away before the user says so.
                 found[name] = Desired(spec=spec)
                 continue
-            log.warning("volume %s: nobody wants what is left of it; it is taken away unless it is used", name)
+            log.warning(
+                "volume %s: nobody wants what is left of it; it is taken away unless it is used", name,
+                extra=about(name),
+            )
             found[name] = Desired(spec=spec, wanted="absent")
         return [found[name] for name in sorted(found)]
 
@@ -236,7 +240,10 @@ class Manager:
 
     def _report(self, damaged: Damaged) -> None:
         text = f"the stored volume is damaged: {damaged.cause}; set aside as {damaged.set_aside}"
-        log.error("volume %s: %s [%s]", damaged.name, text, ErrorCode.STATE_DAMAGED)
+        log.error(
+            "volume %s: %s [%s]", damaged.name, text, ErrorCode.STATE_DAMAGED,
+            extra=about(damaged.name, "failure", code=ErrorCode.STATE_DAMAGED),
+        )
         self.environment.events.publish(damaged.name, "failure", "absent", text)
 
     def _forget_former_boot(self) -> None:

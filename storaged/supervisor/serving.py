@@ -14,6 +14,7 @@ from storaged.host import disk, process
 from storaged.model import blockdev
 from storaged.model.sizes import format_size
 from storaged.model.states import State
+from storaged.observe.journald import about
 from storaged.qsd.session import Session
 from storaged.supervisor import launch, opening, remoteheader
 from storaged.supervisor.holding import Holding, Told
@@ -224,7 +225,7 @@ async def _owe_a_flush(held: Holding, session: Session, size: int, timeout: floa
             raise
         log.warning(
             "volume %s: what was acknowledged before may not be flushed by the next flush, but only by one after a "
-            "write: %s", held.spec.name, error.cause or error,
+            "write: %s", held.spec.name, error.cause or error, extra=about(held.spec.name),
         )
 
 

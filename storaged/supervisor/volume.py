@@ -130,7 +130,7 @@ class Volume(Convergence):
             try:
                 await self._store(self.goal)
             except StoragedError as problem:
-                log.error("what is wished of volume %s cannot be stored: %s", self.name, problem)
+                log.error("what is wished of volume %s cannot be stored: %s", self.name, problem, extra=self._about)
         # Nothing of this is to make I/O wait longer.
         self.attachment.protect()
         self._health.watch()
@@ -229,10 +229,9 @@ class Volume(Convergence):
         self.failure = death.at(volume=self.name)
         self._health.begin_anew()
         self._environment.counts.volume_failed(death.code)
-        self._journal.add(Happening.DEATH, death.cause or death.message)
+        self._journal.add(Happening.DEATH, death.cause or death.message, log_as=str(self.failure), code=death.code)
         self._journal.begin_pause(self.attachment.qsd.died_at)
         self._set_back()
-        log.warning("%s", death)
         self._emit("failure", str(death))
 
     async def _examine(self, failure: StoragedError | None) -> None:
@@ -242,21 +241,19 @@ class Volume(Convergence):
         try:
             await self._health.examine(str(failure) if waits else None)
         except StoragedError as error:
-            log.warning("volume %s: it cannot be told why it hangs: %s", self.name, error)
+            log.warning("volume %s: it cannot be told why it hangs: %s", self.name, error, extra=self._about)
         now = self.condition
         if self.goal is Goal.ATTACHED and self.state in _USABLE:
             self._settle()
         if now is not None and (before is None or before.trouble is not now.trouble):
             kind = Happening.STALL if now.trouble.of_backend else Happening.HANG
-            self._journal.add(kind, f"{meaning(now.trouble)}: {now.detail}")
-            self._journal.begin_pause(time.monotonic() - (time.time() - now.since))
-            self._emit("failure", f"{meaning(now.trouble)} ({now.trouble}): {now.detail}; policy: {now.policy}")
             record = self.attachment.record
             pid = record.process.pid if record is not None and record.process is not None else 0
-            log.warning(
-                "volume %s: %s [%s]: %s; %s", self.name, meaning(now.trouble), now.trouble, now.detail,
-                advice(now.trouble, self.name, pid),
-            )
+            what = f"{meaning(now.trouble)} [{now.trouble}]: {now.detail}; {advice(now.trouble, self.name, pid)}"
+            line = f"volume {self.name}: {what}"
+            self._journal.add(kind, f"{meaning(now.trouble)}: {now.detail}", log_as=line, code=now.trouble)
+            self._journal.begin_pause(time.monotonic() - (time.time() - now.since))
+            self._emit("failure", f"{meaning(now.trouble)} ({now.trouble}): {now.detail}; policy: {now.policy}")
 
     async def _react(self) -> None:
         """The time that a policy gives is over."""
@@ -277,7 +274,7 @@ class Volume(Convergence):
             return
         why = f"{meaning(condition.trouble)} since {time.time() - condition.since:.0f} s, and its policy is"
         why += f" {condition.policy}"
-        log.warning("volume %s: %s", self.name, why)
+        log.warning("volume %s: %s", self.name, why, extra=self._about)
         self._emit("note", why)
         if condition.policy.reaction is Reaction.FAIL:
             bridged = self.attachment.transport.bridges and self.seen.device is not Device.NONE
@@ -354,7 +351,7 @@ class Volume(Convergence):
                 cancelled = error
         problem = error_of(task)
         if problem is not None:
-            log.error("cannot take back the failed attach of %s: %s", self.name, problem)
+            log.error("cannot take back the failed attach of %s: %s", self.name, problem, extra=self._about)
         if cancelled is not None:
             raise cancelled
 
@@ -394,7 +391,8 @@ class Volume(Convergence):
         try:
             await self._store(goal)
         except StoragedError as error:
-            log.error("volume %s stays attached, but a restart would not know it: %s", self.name, error)
+            what = "volume %s stays attached, but a restart would not know it: %s"
+            log.error(what, self.name, error, extra=self._about)
         self._settle()
 
     async def _rescue(self, keep: bool, notes: list[str]) -> None:

@@ -20,6 +20,7 @@ from storaged.model.blockdev import DISK, EXPORT
 from storaged.model.plan import Device
 from storaged.model.record import Record
 from storaged.model.spec import VolumeSpec
+from storaged.observe.journald import about
 from storaged.qsd.version import Build
 from storaged.transports.base import IOTHREAD, IOTHREAD_OBJECT, Availability, Connected, HostDevice, Seen, Site
 from storaged.transports.needs import check_family, lacking, load_modules
@@ -264,10 +265,10 @@ def _restore_log(site: Site, record: Record) -> None:
     except StoragedError as error:
         if error.code is not ErrorCode.RECONNECT_LOG_LOST or not record.rescue:
             raise
-        log.warning("%s: %s; the rescue server begins with an empty one", site.name, error)
+        log.warning("%s: %s; the rescue server begins with an empty one", site.name, error, extra=about(site.name))
         reconnectlog.give_up(_log(site, record))
     if done:
-        log.warning("%s: %s", site.name, done)
+        log.warning("%s: %s", site.name, done, extra=about(site.name))
 
 
 def _is_ours(site: Site, record: Record) -> bool:

@@ -11,6 +11,7 @@ from urllib.parse import quote
 import pytest
 
 from storaged.errors import ErrorCode
+from tests.backends.secrecy import secret_is_nowhere
 from tests.backends.web_server import PASSWORD, USER, FtpServer, make_disk
 from tests.harness import Daemon, eventually, leftovers, mounted, refuses, run
 
@@ -75,6 +76,8 @@ def test_a_password(server: FtpServer, daemon: Daemon, place: Path) -> None:
     device = daemon.device("a", f"{server.url}/disk.raw", read_only=True, options=options)
     run("cmp", device, server.root / "disk.raw")
     assert f"{USER}@" not in daemon.cli("show", "a").stdout
+    secret.chmod(0o600)
+    secret_is_nowhere(daemon, PASSWORD)
     daemon.detach("a")
     secret.write_text("Tr0ub4dor")
     error = refuses(daemon, ErrorCode.OPEN_FAILED, f"{server.url}/disk.raw", read_only=True, options=options)

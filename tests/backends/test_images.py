@@ -12,6 +12,7 @@ from urllib.parse import quote
 import pytest
 
 from storaged.errors import ErrorCode
+from tests.backends.secrecy import secret_is_nowhere
 from tests.backends.servers import EXPORT, NbdServer
 from tests.harness import Daemon, as_json, eventually, image, mounted, refuses, run
 
@@ -132,27 +133,6 @@ def test_a_snapshot_is_not_put_on_a_disk_of_another_size(
     failure = daemon.show("a")["failure"]
     assert failure["code"] == ErrorCode.SOURCE_CHANGED
     daemon.detach("a", force=True)
-
-
-def secret_is_nowhere(daemon: Daemon, secret: str) -> None:
-    """Not on a command line, in an environment, in what the daemon tells, in a log or a file that others may read."""
-    told = "\n".join([daemon.log.read_text(), daemon.cli("show", "a").stdout, daemon.cli("show", "a", "--json").stdout])
-    told += daemon.cli("list", "--json").stdout + daemon.cli("show", "a", "--qemu-args").stdout
-    for process in Path("/proc").glob("[0-9]*"):
-        for name in ("cmdline", "environ"):
-            try:
-                told += (process / name).read_text(errors="replace")
-            except OSError:
-                continue
-    assert secret not in told
-    found = []
-    for file in daemon.root.rglob("*"):
-        if file.is_file() and not file.is_symlink() and secret.encode() in file.read_bytes():
-            found.append(file)
-            assert file.stat().st_mode & 0o077 == 0
-            assert file.parent.stat().st_mode & 0o077 == 0
-            assert Path(daemon.layout.run_dir) in file.parents
-    assert len(found) <= 1
 
 
 @pytest.mark.parametrize(("format", "wishes"), [("luks", ()), ("qcow2", ("--encrypt", "luks"))])

@@ -14,7 +14,7 @@ from storaged.supervisor.journal import Journal
 
 @pytest.fixture
 def journal(tmp_path: Path) -> Journal:
-    held: Any = SimpleNamespace(directory=str(tmp_path))  # it only remembers where to write
+    held: Any = SimpleNamespace(directory=str(tmp_path), spec=SimpleNamespace(name="a"))
     return Journal(held)
 
 

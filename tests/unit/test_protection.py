@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -84,3 +85,19 @@ def test_a_program_that_is_kept_stays_in_memory_when_nobody_runs_it(place: Path,
     )
     pages = int(done.stdout)
     assert pages * 4096 >= program.stat().st_size / 2 if keep else pages == 0
+
+
+def test_what_holds_secrets_writes_no_core_and_one_that_is_gone_is_no_error() -> None:
+    with subprocess.Popen(["sleep", "60"]) as child:
+        protection.write_no_core(child.pid)
+        assert resource.prlimit(child.pid, resource.RLIMIT_CORE) == (1, 1)
+        child.kill()
+    protection.write_no_core(child.pid)
+
+
+def test_the_daemon_of_root_writes_no_core() -> None:
+    program = "from storaged.host import protection; import ctypes; protection.protect_daemon();"
+    program += "print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))"  # PR_GET_DUMPABLE
+    for before, dumpable in ((["env"], "0"), (["setpriv", "--reuid=65534", "--clear-groups"], "1")):
+        words = [*before, sys.executable, "-c", program]
+        assert subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout.strip() == dumpable
