@@ -143,9 +143,9 @@ def test_a_scrape_waits_for_no_volume_that_hangs(stopped: Daemon, place: Path) -
         hanging.start()
         began = time.monotonic()
         for _ in range(5):
-            seen = scrape(port)
-            assert seen.of("requests_in_flight", "d") == 0
-        assert time.monotonic() - began < 5
+            assert scrape(port).of("requests_in_flight", "d") == 0
+        # What hangs does so until the end; and each scrape has a deadline.
+        assert time.monotonic() - began < 20
     finally:
         for server in servers:
             os.kill(server, signal.SIGCONT)
@@ -254,7 +254,7 @@ scrape_configs:
 """
     with prometheus(place / "tsdb", config) as there:
         eventually(lambda: query(there, "storaged_volume_state{state='online'}") == {"a": 1}, "it has the volume")
-        assert query(there, "up") == {"": 1}
+        eventually(lambda: query(there, "up") == {"": 1}, "it could scrape the last time")
         former = stopped.kill_qsd("a")
         eventually(lambda: stopped.replaced("a", former), "there is another QSD")
         eventually(lambda: query(there, "storaged_volume_deaths_total") == {"a": 1}, "it has its death")
