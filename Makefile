@@ -2,7 +2,7 @@
 # PYTEST_ARGS is handed to pytest: make test PYTEST_ARGS='-k vduse -x'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup servers demo test test-host test-vm test-vm-contract test-vm-system test-vm-bookworm test-faults vm-shell lint unit bench-attach bench-vm bench-recovery dkms deb clean
+.PHONY: help setup servers demo test test-host test-vm test-vm-contract test-vm-system test-vm-bookworm test-faults vm-shell lint unit bench-attach bench-vm bench-recovery bench-metrics dkms deb clean
 # setup comes first in each list of prerequisites: never run them side by side.
 .NOTPARALLEL:
 
@@ -93,6 +93,9 @@ bench-recovery: setup ## how long I/O waits when QSD dies or is rescued, in the 
 	@scripts/vm run 'python bench/recovery.py --json /run/json pause:vduse pause:nbd \
 		rescue:vduse rescue:nbd all:vduse all:nbd >&2 && cat /run/json' >.cache/bench/recovery.json
 	$(VENV)/python bench/recovery.py calls:fuse all:fuse
+
+bench-metrics: setup ## how long a scrape of 500 volumes takes, and what it holds up (root)
+	$(VENV)/python bench/metrics.py --real 100
 
 dkms: ## make the Debian package that gives Debian 12's kernel VDUSE (kernel-config/dkms)
 	@scripts/dkms-deb

@@ -5,6 +5,7 @@ storaged.toml(5), the JSON schema, ``storaged config check`` and the reload are 
 
 from __future__ import annotations
 
+from ipaddress import ip_address
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -36,10 +37,36 @@ class QsdConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return self.binaries.get(backend, self.binary)
 
 
+class MetricsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where Prometheus gets its metrics."""
+
+    listen: Annotated[str | None, Meta(
+        description="where metrics are served: ADDRESS:PORT, an IPv6 address in brackets;"
+        " where nothing is said, nowhere",
+    )] = None
+    web_config: Annotated[AbsolutePath | None, Meta(
+        description="the file with certificates and passwords for that address, an absolute path;"
+        " needed beyond localhost",
+    )] = None
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port of ``listen``. Raises ValueError."""
+        host, colon, port = (self.listen or "").rpartition(":")
+        if not colon or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+            raise ValueError("it must be ADDRESS:PORT")
+        bracketed = host.startswith("[") and host.endswith("]")
+        found = ip_address(host[1:-1] if bracketed else host)
+        if bracketed != (found.version == 6):
+            raise ValueError("an IPv6 address, and no other, stands in brackets")
+        return str(found), int(port)
+
+
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """storaged.toml. Times in seconds."""
 
     qsd: QsdConfig = QsdConfig()
+    metrics: MetricsConfig = MetricsConfig()
     attach_timeout: Annotated[float, Meta(
         gt=0, le=86400, extra=_REQUESTS,
         description="seconds that an attach, a resize, a resume or an upgrade may take",

@@ -139,7 +139,7 @@ async def _kill_unopened(held: Holding) -> None:
 
 
 async def _open(held: Holding, wanted: opening.Opening, timeout: float) -> None:
-    spec = held.spec
+    spec, began = held.spec, time.monotonic()
     session = await held.qsd.session()
     for command, arguments in held.transport.setup(held.site, held.known()):
         await session.execute(command, arguments)
@@ -201,7 +201,9 @@ async def _open(held: Holding, wanted: opening.Opening, timeout: float) -> None:
         )
     which = await _tell_disk(held, wanted, timeout)
     # Once it is exported it may acknowledge writes: that it does waits for this to be on the disk.
-    held.note_meanwhile(size=size, source_size=source_size, fingerprint=which, settled=False)
+    held.note_meanwhile(
+        size=size, source_size=source_size, fingerprint=which, settled=False, open_seconds=time.monotonic() - began,
+    )
 
 
 async def _tell_disk(held: Holding, wanted: opening.Opening, timeout: float) -> str:
