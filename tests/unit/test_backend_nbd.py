@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from ipaddress import IPv6Address
 from typing import Any
 from urllib.parse import quote
 
@@ -222,11 +223,13 @@ def test_the_older_spelling_takes_everything_as_it_is(path: str, export: str) ->
 
 
 @given(TEXT, st.integers(1, 65535), st.ip_addresses(v=6))
+@example("", 1, IPv6Address("::ffff:0:0"))
 def test_addresses_have_one_location_however_they_are_written(export: str, port: int, address: Any) -> None:
     location = BACKEND.parse(f"nbd://[{address.exploded.upper()}]:{port}/{quote(export)}", {})
     assert location == BACKEND.parse(f"nbd://[{address.compressed}]:{port}/{quote(export)}", {})
     assert location == BACKEND.parse(location, {})
-    assert node(location)["server"] == inet(str(address), str(port))
+    mapped = address.ipv4_mapped  # the kernel connects to that
+    assert node(location)["server"] == inet(str(address if mapped is None else mapped), str(port))
 
 
 @given(st.sampled_from(BACKEND.schemes), st.text())
