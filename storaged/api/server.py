@@ -30,6 +30,7 @@ from storaged.model.formats import Format
 from storaged.model.history import Happening
 from storaged.model.spec import VolumeSpec
 from storaged.supervisor.manager import Manager
+from storaged.supervisor.reloading import reload
 from storaged.supervisor.volume import Volume
 
 log = logging.getLogger("storaged.api")
@@ -159,6 +160,18 @@ class Service(interface.StoragedInterface):
         """Replace the QSD of a volume by the binary that is installed now, while the device is in use."""
         return self._describe(await self._manager.upgrade(name, _deadline(timeout)))
 
+    @varlinkmethod(return_parameter="volume")
+    @_translated
+    async def Persist(self, *, name: str, on: bool) -> interface.Volume:
+        """Attach a volume again after each boot, or do not."""
+        return self._describe(await self._manager.persist(name, on=on))
+
+    @varlinkmethod(return_parameter="notes")
+    @_translated
+    async def Park(self, *, timeout: float | None = None) -> list[str]:
+        """The host goes down: flush and end what nobody uses, and keep the wishes; notes say what goes on, and why."""
+        return await self._manager.park(_deadline(timeout))
+
     @varlinkmethod(return_parameter="volumes")
     @_translated
     async def List(self) -> list[interface.Volume]:
@@ -177,6 +190,13 @@ class Service(interface.StoragedInterface):
         """How a virtual machine uses a volume: the source directly (blockdev, or drive), or through the socket."""
         found = await self._manager.qemu_arguments(name)
         return interface.QemuArguments(found.blockdev, found.drive, found.vhost_user, found.notes)
+
+    @varlinkmethod(return_parameter="reloaded")
+    @_translated
+    async def Reload(self) -> interface.Reloaded:
+        """Read the configuration and the files of volumes again, as at SIGHUP. With a wrong file nothing is changed."""
+        changed = await reload(self._manager)
+        return interface.Reloaded(changed.applied, changed.needs_restart)
 
     @varlinkmethod(return_parameter="event", delay_generator=False)
     async def Watch(self, *, name: str | None = None) -> AsyncIterator[interface.Event]:
@@ -214,6 +234,7 @@ class Service(interface.StoragedInterface):
                 interface.HistoryEntry(entry.time, entry.kind, entry.message, entry.seconds, entry.times, entry.last)
                 for entry in history.entries
             ] if with_history else None,
+            file=self._manager.file_of(spec.name),
         )
 
 

@@ -6,6 +6,7 @@ a thing of this host it is the path; for one on the network it is a source itsel
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -148,6 +149,9 @@ class NetworkBackend(Backend, Protocol):
         Must not raise for what ``parse`` refuses, and ``parse`` refuses a source that still holds one.
         """
 
+    def image_node(self, location: str, *, read_only: bool, options: Mapping[str, str]) -> Node:
+        """Return the node as qemu-img takes it, which knows more of some sources than blockdev-add."""
+
     def requirements(self, location: str, options: Mapping[str, str]) -> Requirements:
         """Return what QSD must be given before the node."""
 
@@ -162,7 +166,7 @@ class NetworkBackend(Backend, Protocol):
         """
 
 
-class NetworkDefaults:
+class NetworkDefaults(ABC):
     """What most backends of the network have in common."""
 
     defaults: Mapping[str, str] = {}
@@ -177,6 +181,14 @@ class NetworkDefaults:
     def without_secrets(self, source: str) -> tuple[str, dict[str, str]]:
         """No spelling of this one holds a secret."""
         return source, {}
+
+    @abstractmethod
+    def node(self, location: str, *, read_only: bool, options: Mapping[str, str]) -> Node:
+        """Return the blockdev options of the protocol node (see :class:`Backend`)."""
+
+    def image_node(self, location: str, *, read_only: bool, options: Mapping[str, str]) -> Node:
+        """The same as for QSD."""
+        return self.node(location, read_only=read_only, options=options)
 
     def requirements(self, location: str, options: Mapping[str, str]) -> Requirements:
         """Nothing."""

@@ -101,7 +101,7 @@ class Volume(Convergence):
     @property
     def ended(self) -> bool:
         """Whether nothing of the volume is left."""
-        return self._running and self.goal is Goal.ABSENT and self.state is State.ABSENT
+        return self._running and (self._parked or (self.goal is Goal.ABSENT and self.state is State.ABSENT))
 
     def _looks_well_at_a_glance(self) -> bool:
         return (

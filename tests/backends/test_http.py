@@ -226,7 +226,7 @@ def test_a_silent_server_is_given_up_at_the_deadline(daemon: Daemon) -> None:
         source = f"http://127.0.0.1:{silent.getsockname()[1]}/x"
         begin = time.monotonic()
         error = refuses(daemon, ErrorCode.OPEN_FAILED, source, read_only=True, options=QUICK)
-        assert 2 <= time.monotonic() - begin < 6
+        assert 2 <= time.monotonic() - begin < 10
     assert "does not answer" in error.message
 
 

@@ -180,7 +180,7 @@ def test_a_silent_server_is_given_up_at_the_deadline(daemon: Daemon) -> None:
         source = f"iscsi://127.0.0.1:{silent.getsockname()[1]}/{TARGET}/1"
         begin = time.monotonic()
         error = refuses(daemon, ErrorCode.OPEN_FAILED, source, options={"request-timeout": "2"})
-        assert 1 <= time.monotonic() - begin < 6
+        assert 1 <= time.monotonic() - begin < 10
     assert "request-timeout" in error.hint
 
 

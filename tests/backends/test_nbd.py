@@ -170,9 +170,9 @@ def test_a_silent_server_is_given_up_at_the_deadline(daemon: Daemon, place: Path
         silent.listen()
         begin = time.monotonic()
         error = refuses(
-            daemon, ErrorCode.OPEN_FAILED, f"nbd:unix:{place}/silent", options={"open-timeout": "3"}
+            daemon, ErrorCode.OPEN_FAILED, f"nbd:unix:{place}/silent", options={"open-timeout": "1"}
         )
-        assert 3 <= time.monotonic() - begin < 6
+        assert 1 <= time.monotonic() - begin < 5
     assert "timeout" in error.cause
 
 
@@ -184,8 +184,8 @@ def test_an_address_that_swallows_everything_is_given_up_at_the_deadline(
     run("ip", "neigh", "replace", "198.51.100.2", "lladdr", "02:00:00:00:00:01", "dev", wire[1])
     try:
         begin = time.monotonic()
-        error = refuses(daemon, ErrorCode.OPEN_FAILED, of(wire[0]), options={"open-timeout": "3"})
-        assert 3 <= time.monotonic() - begin < 6
+        error = refuses(daemon, ErrorCode.OPEN_FAILED, of(wire[0]), options={"open-timeout": "1"})
+        assert 1 <= time.monotonic() - begin < 5
     finally:
         run("ip", "neigh", "del", "198.51.100.2", "dev", wire[1])
     assert "timeout" in error.cause
@@ -278,7 +278,7 @@ def test_requests_fail_after_the_delay_that_was_said_and_the_device_goes_on_afte
     begin = time.monotonic()
     with pytest.raises(OSError, match=os.strerror(5)):
         writes(device, 0, PATTERN)
-    assert time.monotonic() - begin < 6
+    assert time.monotonic() - begin < 10
     server.start()
     eventually(lambda: readable(device), "the device works again")
     writes(device, 0, PATTERN)

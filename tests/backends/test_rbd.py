@@ -259,7 +259,7 @@ def test_a_monitor_that_does_not_answer_is_given_up_at_the_deadline(
                 "mon-host": f"127.0.0.1:{nobody.getsockname()[1]}", "cephx-key-file": str(key), "open-timeout": "2",
             },
         )
-        assert 2 <= time.monotonic() - begin < 5
+        assert 2 <= time.monotonic() - begin < 10
     assert "no monitor" in error.message
 
 

@@ -303,9 +303,9 @@ def test_a_session_that_ends_while_the_server_stays_is_replaced_at_once(
     pid = daemon.qsd("a")
     begin = time.monotonic()
     server.end_sessions()
-    eventually(lambda: daemon.replaced("a", pid), "a successor serves it", 10)
+    eventually(lambda: daemon.replaced("a", pid), "a successor serves it")
     # Looks come every 15 seconds: it was told.
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 12
     writes(str(daemon.show("a")["device"]), 0, PATTERN)
 
 

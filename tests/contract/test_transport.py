@@ -9,6 +9,7 @@ import pytest
 
 from storaged.errors import ErrorCode
 from storaged.transports import TRANSPORTS
+from tests.contract.conftest import IN_MACHINE
 from tests.harness import (
     Daemon,
     as_json,
@@ -142,10 +143,11 @@ def test_a_source_that_has_grown_is_served_at_its_old_size_until_a_resize(
 
 def test_what_is_written_under_load_is_what_is_read(daemon: Daemon, place: Path, transport: str) -> None:
     device = daemon.device("a", image(place / "a.qcow2", size="256M"), format="qcow2", transport=transport)
+    size = 64 if IN_MACHINE else 200
     run(
-        "fio", "--name=verify", f"--filename={device}", "--rw=randrw", "--bs=4k-64k", "--size=200M", "--direct=1",
+        "fio", "--name=verify", f"--filename={device}", "--rw=randrw", "--bs=4k-64k", f"--size={size}M", "--direct=1",
         "--ioengine=libaio", "--iodepth=32", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0",
-        "--io_size=400M", "--output-format=terse",
+        f"--io_size={2 * size}M", "--output-format=terse",
     )
 
 
