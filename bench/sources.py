@@ -1,0 +1,127 @@
+"""Two equal disks behind each kind of real server, for storaged and for fio's own engines: tests/backends' servers.
+
+All that they keep is below /dev/shm: what is below a server is not measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.backends.ceph_cluster import POOL, CephCluster
+from tests.backends.iscsi_server import IscsiServer
+from tests.backends.nfs_server import NfsServer
+from tests.backends.servers import NbdServer, network
+
+
+@dataclass(frozen=True)
+class Disk:
+    """One disk of a server."""
+
+    source: str
+    """As storaged is told."""
+    engine: tuple[str, ...]
+    """The words that bring fio to it without a device."""
+
+
+def rbd(place: Path, mib: int) -> Iterator[list[Disk]]:
+    """A monitor and an OSD with bluestore; librbd's cache is on for both sides, as it is by default."""
+    cluster = CephCluster(place)
+    # fio has no word for it.
+    os.environ["CEPH_CONF"] = str(cluster.conf)
+    try:
+        cluster.start()
+        names = [cluster.image(f"bench{n}", size=f"{mib}M") for n in (1, 2)]
+        yield [
+            Disk(f"rbd:{POOL}/{name}:conf={cluster.conf}",
+                 ("--ioengine=rbd", "--clientname=admin", f"--pool={POOL}", f"--rbdname={name}"))
+            for name in names
+        ]
+    finally:
+        cluster.stop()
+        del os.environ["CEPH_CONF"]
+
+
+def iscsi(place: Path, mib: int) -> Iterator[list[Disk]]:
+    """tgtd over TCP on the loopback interface."""
+    server = IscsiServer(place, {n: _image(place, n, mib) for n in (1, 2)})
+    try:
+        server.start()
+        # fio takes a : for the end of a file's name.
+        yield [
+            Disk(server.source(n), ("--ioengine=libiscsi", "--filename=" + server.source(n).replace(":", r"\:")))
+            for n in (1, 2)
+        ]
+    finally:
+        server.kill()
+
+
+def nbd(place: Path, mib: int) -> Iterator[list[Disk]]:
+    """qemu-nbd over TCP on the loopback interface, one for each disk."""
+    servers = [
+        NbdServer(_image(place, n, mib), at=("127.0.0.1", _free_port()), export="disk", options=("--discard=unmap",))
+        for n in (1, 2)
+    ]
+    try:
+        found = []
+        for server in servers:
+            server.start()
+            assert server.at is not None
+            uri = f"nbd://{server.at[0]}:{server.at[1]}/disk"
+            found.append(Disk(uri, ("--ioengine=nbd", f"--uri={uri}")))
+        yield found
+    finally:
+        for server in servers:
+            server.kill()
+
+
+def nfs(place: Path, mib: int) -> Iterator[list[Disk]]:
+    """nfs-ganesha behind a pair of virtual network cards: its port mapper's port is fixed."""
+    name = f"sb{os.getpid()}"
+    exported = place / "exported"
+    exported.mkdir()
+    images = [_image(exported, n, mib) for n in (1, 2)]
+    with network(name) as (address, _):
+        server = NfsServer(place, exported, netns=name)
+        try:
+            server.start()
+            yield [
+                Disk(f"nfs://{address}{path}",
+                     ("--ioengine=nfs", f"--nfs_url=nfs://{address}{path.parent}", f"--filename=/{path.name}"))
+                for path in images
+            ]
+        finally:
+            server.end()
+
+
+KINDS = {"rbd": rbd, "iscsi": iscsi, "nbd": nbd, "nfs": nfs}
+
+
+@contextlib.contextmanager
+def disks(kind: str, mib: int) -> Iterator[list[Disk]]:
+    """Start the servers of that kind for two disks of that size, and end them."""
+    place = Path(tempfile.mkdtemp(prefix=f"bench-{kind}-", dir="/dev/shm"))
+    try:
+        with contextlib.contextmanager(KINDS[kind])(place, mib) as found:
+            yield found
+    finally:
+        shutil.rmtree(place)
+
+
+def _image(place: Path, number: int, mib: int) -> Path:
+    path = place / f"disk{number}.raw"
+    with open(path, "wb") as file:
+        file.truncate(mib << 20)
+    return path
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
