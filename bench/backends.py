@@ -110,6 +110,8 @@ class Bench:
         if done.returncode or begin < 0:
             raise SystemExit(f"{command}: {done.stdout}{done.stderr}")
         job: dict[str, Any] = json.loads(done.stdout[begin:])["jobs"][0]
+        if job["error"]:
+            raise SystemExit(f"{command}: {done.stderr}")
         return job
 
     def measure(self, words: list[str], device: str, pids: Mapping[int, str], figures: Figures) -> None:

@@ -87,7 +87,8 @@ def nfs(place: Path, mib: int) -> Iterator[list[Disk]]:
     exported = place / "exported"
     exported.mkdir()
     images = [_image(exported, n, mib) for n in (1, 2)]
-    with network(name) as (address, _):
+    # Not the addresses of the tests, which may run at the same time.
+    with network(name, "198.18.5") as (address, _):
         server = NfsServer(place, exported, netns=name)
         try:
             server.start()
