@@ -18,6 +18,7 @@ from tests.backends.ceph_cluster import POOL, CephCluster
 from tests.backends.iscsi_server import IscsiServer
 from tests.backends.nfs_server import NfsServer
 from tests.backends.servers import NbdServer, network
+from tests.harness import mounted, run
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,14 @@ def nbd(place: Path, mib: int) -> Iterator[list[Disk]]:
 def nfs(place: Path, mib: int) -> Iterator[list[Disk]]:
     """nfs-ganesha behind a pair of virtual network cards: its port mapper's port is fixed."""
     name = f"sb{os.getpid()}"
-    exported = place / "exported"
-    exported.mkdir()
+    # Debian 13's exports no tmpfs.
+    filesystem = _image(place, 0, 2 * mib + 256)
+    run("mkfs.ext4", "-q", "-m0", filesystem)
+    with mounted(str(filesystem), place / "exported") as exported:
+        yield from _exported(name, exported, place, mib)
+
+
+def _exported(name: str, exported: Path, place: Path, mib: int) -> Iterator[list[Disk]]:
     images = [_image(exported, n, mib) for n in (1, 2)]
     # Not the addresses of the tests, which may run at the same time.
     with network(name, "198.18.5") as (address, _):
