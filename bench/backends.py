@@ -104,7 +104,7 @@ class Bench:
             command.append("--end_fsync=1")
         if seconds:
             command.append(f"--runtime={round(seconds * 1000)}ms")
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300 + 10 * seconds)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60 + 10 * seconds)
         # What an engine's library prints stands before it.
         begin = done.stdout.find("{")
         if done.returncode or begin < 0:

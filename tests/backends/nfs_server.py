@@ -46,7 +46,7 @@ class NfsServer:
             )
             eventually(lambda: self._knows("100000"), "the port mapper answers")
         configuration = self._place / "ganesha.conf"
-        # From 6 on it ends where it lacks CAP_SYS_RESOURCE (containers), unless it is told. Before, there is no such word.
+        # From 6 on it ends where it lacks CAP_SYS_RESOURCE, as in containers, unless it is told.
         release = re.search(r"V(\d+)", run("ganesha.nfsd", "-v").stdout)
         more = "allow_set_io_flusher_fail = true;" if release and int(release[1]) >= 6 else ""
         configuration.write_text(_CONFIGURATION.format(path=self.exported, access=access, squash=squash, more=more))
