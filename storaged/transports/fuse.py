@@ -22,7 +22,7 @@ from storaged.qsd.version import Build, loop_direct_io_is_safe, parse_version
 from storaged.transports.base import Availability, Connected, HostDevice, Seen, Site
 from storaged.transports.needs import lacking, load_modules
 
-#: As many as a loop device has (queue/nr_requests). The kernel's 12 are too few where each takes its way over a network.
+#: As many as a loop device has (queue/nr_requests). The kernel's 12 are too few where each goes over a network.
 _IN_FLIGHT = 128
 _NODES = ("/dev/fuse", "/dev/loop-control")
 
