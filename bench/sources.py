@@ -63,7 +63,9 @@ def iscsi(place: Path, mib: int) -> Iterator[list[Disk]]:
         server.kill()
 
 
-def nbd(place: Path, mib: int) -> Iterator[list[Disk]]:
+def nbd(
+    place: Path, mib: int, filters: tuple[str, ...] = (), words: tuple[str, ...] = ()
+) -> Iterator[list[Disk]]:
     """nbdkit over TCP on the loopback interface, one for each disk. (QEMU 7.2's qemu-nbd has no TCP_NODELAY.)"""
     servers = [NbdServer(_image(place, n, mib), at=("127.0.0.1", _free_port())) for n in (1, 2)]
     try:
@@ -71,13 +73,18 @@ def nbd(place: Path, mib: int) -> Iterator[list[Disk]]:
         for server in servers:
             assert server.at is not None
             host, port = server.at
-            server.run("nbdkit", "-f", "-i", host, "-p", str(port), "file", str(server.image))
+            server.run("nbdkit", "-f", "-i", host, "-p", str(port), *filters, "file", str(server.image), *words)
             uri = f"nbd://{host}:{port}/"
             found.append(Disk(uri, ("--ioengine=nbd", f"--uri={uri}")))
         yield found
     finally:
         for server in servers:
             server.kill()
+
+
+def far_nbd(place: Path, mib: int) -> Iterator[list[Disk]]:
+    """The same, but each request takes 2 ms more: what counts is how many are under way, and not the processors."""
+    yield from nbd(place, mib, ("--threads=64", "--filter=delay"), ("rdelay=2ms", "wdelay=2ms"))
 
 
 def nfs(place: Path, mib: int) -> Iterator[list[Disk]]:
@@ -106,7 +113,7 @@ def _exported(name: str, exported: Path, place: Path, mib: int) -> Iterator[list
             server.end()
 
 
-KINDS = {"rbd": rbd, "iscsi": iscsi, "nbd": nbd, "nfs": nfs}
+KINDS = {"rbd": rbd, "iscsi": iscsi, "nbd": nbd, "far-nbd": far_nbd, "nfs": nfs}
 
 
 @contextlib.contextmanager
