@@ -21,12 +21,13 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def let_in_flight(mountpoint: str, requests: int) -> None:
-    """Let so many requests of direct I/O be with the server of this mount at once (the kernel's own limit is 12).
+    """Let at least so many requests of direct I/O be with the server of this mount at once; the kernel's limit is 12.
 
     Asks the server nothing. Raises OSError: nothing is mounted there, this is not root of the host.
     """
-    with _limit_of(mountpoint, os.O_WRONLY) as fd:
-        os.write(fd, str(requests).encode())
+    if in_flight_at_most(mountpoint) < requests:
+        with _limit_of(mountpoint, os.O_WRONLY) as fd:
+            os.write(fd, str(requests).encode())
 
 
 def in_flight_at_most(mountpoint: str) -> int:

@@ -160,4 +160,4 @@ def test_a_device_that_is_only_read_has_more_requests_in_flight_than_the_kernel_
     device = daemon.device("a", source, transport="fuse", read_only=True)
     loop = Path(f"/sys/block/{Path(device).name}/loop")
     assert (loop / "dio").read_text().strip() == "1"
-    assert fusectl.in_flight_at_most((loop / "backing_file").read_text().strip()) == 128
+    assert fusectl.in_flight_at_most((loop / "backing_file").read_text().strip()) >= 128
