@@ -163,7 +163,8 @@ class Manager:
     async def persist(self, name: str, *, on: bool) -> Volume:
         """Attach a volume again at each boot, or do not. One that has a file and was detached is attached now.
 
-        Raises INVALID_ARGUMENT where a secret of it was typed, and UNSUPPORTED for one that has a file and shall not come back: storaged does not write there.
+        Raises INVALID_ARGUMENT where a secret of it was typed, and UNSUPPORTED for one that has a file and shall not
+        come back: storaged does not write there.
         """
         path = self.file_of(name)
         if path is not None and not on:
