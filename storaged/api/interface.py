@@ -76,6 +76,7 @@ class Volume:
     socket: str | None
     link: str | None
     size: int | None
+    source_size: int | None
     logical_block_size: int | None
     qsd_pid: int | None
     qsd_version: str | None
@@ -96,6 +97,14 @@ class QemuArguments:
     drive: list[str]
     vhost_user: list[str] | None
     notes: list[str]
+
+
+@dataclasses.dataclass
+class Reloaded:
+    """Keys of the configuration that got another value: in force now, and those that need a restart of the daemon."""
+
+    applied: list[str]
+    needs_restart: list[str]
 
 
 @dataclasses.dataclass
@@ -187,8 +196,10 @@ class StoragedInterface(VarlinkInterface):
         raise NotImplementedError
 
     @varlinkmethod(return_parameter="volume")
-    async def Resize(self, *, name: str, size: int, timeout: float | None = None) -> Volume:
-        """Grow a volume and its device to size bytes."""
+    async def Resize(
+        self, *, name: str, size: int | None = None, timeout: float | None = None
+    ) -> Volume:
+        """Grow a volume and its device to size bytes; without a size, to what its source has by now."""
         raise NotImplementedError
 
     @varlinkmethod(return_parameter="notes")
@@ -234,6 +245,11 @@ class StoragedInterface(VarlinkInterface):
     @varlinkmethod(return_parameter="arguments")
     async def QemuArguments(self, *, name: str) -> QemuArguments:
         """How a virtual machine uses a volume: the source directly (blockdev, or drive), or through the socket."""
+        raise NotImplementedError
+
+    @varlinkmethod(return_parameter="reloaded")
+    async def Reload(self) -> Reloaded:
+        """Read the configuration and the files of volumes again, as at SIGHUP. Nothing of a wrong file is used."""
         raise NotImplementedError
 
     @varlinkmethod(return_parameter="event", delay_generator=False)

@@ -30,6 +30,7 @@ from storaged.model.formats import Format
 from storaged.model.history import Happening
 from storaged.model.spec import VolumeSpec
 from storaged.supervisor.manager import Manager
+from storaged.supervisor.reloading import reload_config
 from storaged.supervisor.volume import Volume
 
 log = logging.getLogger("storaged.api")
@@ -130,8 +131,10 @@ class Service(interface.StoragedInterface):
 
     @varlinkmethod(return_parameter="volume")
     @_translated
-    async def Resize(self, *, name: str, size: int, timeout: float | None = None) -> interface.Volume:
-        """Grow a volume and its device to size bytes."""
+    async def Resize(
+        self, *, name: str, size: int | None = None, timeout: float | None = None
+    ) -> interface.Volume:
+        """Grow a volume and its device to size bytes; without a size, to what its source has by now."""
         return self._describe(await self._manager.resize(name, size, _deadline(timeout)))
 
     @varlinkmethod(return_parameter="notes")
@@ -188,6 +191,14 @@ class Service(interface.StoragedInterface):
         found = await self._manager.qemu_arguments(name)
         return interface.QemuArguments(found.blockdev, found.drive, found.vhost_user, found.notes)
 
+    @varlinkmethod(return_parameter="reloaded")
+    @_translated
+    async def Reload(self) -> interface.Reloaded:
+        """Read the configuration and the files of volumes again, as at SIGHUP. Nothing of a wrong file is used."""
+        changed = await reload_config(self._manager.environment)
+        await self._manager.reload()
+        return interface.Reloaded(changed.applied, changed.needs_restart)
+
     @varlinkmethod(return_parameter="event", delay_generator=False)
     async def Watch(self, *, name: str | None = None) -> AsyncIterator[interface.Event]:
         """Events as they happen, of one volume or of all; the first has the kind ready."""
@@ -207,6 +218,7 @@ class Service(interface.StoragedInterface):
             socket=record.socket if record else None,
             link=layout.link(spec.name) if volume.seen.linked and record and record.device else None,
             size=(record.size or None) if record else None,
+            source_size=(record.source_size or None) if record else None,
             logical_block_size=spec.logical_block_size if record else None,
             qsd_pid=record.process.pid if record and record.process and volume.attachment.qsd.alive else None,
             qsd_version=(record.qsd_version or None) if record else None,

@@ -6,6 +6,7 @@ import argparse
 import math
 
 import storaged
+from storaged.cli import image
 from storaged.model.formats import Format
 
 SHELLS = ("bash", "zsh", "fish")
@@ -91,9 +92,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = _command(commands, "resize", "grow a volume and its device")
     _name(command, "the volume")
-    command.add_argument("size", metavar="SIZE", help="the new size: bytes, or a number with K, M, G, T or P")
+    command.add_argument(
+        "size", metavar="SIZE", nargs="?",
+        help="the new size: bytes, or a number with K, M, G, T or P (default: what its source has by now)",
+    )
 
     _trouble(commands)
+    image.add_parser(_command(commands, "image", "create, convert, check and otherwise work on images, by qemu-img"))
 
     command = _command(
         commands, "doctor", "say what this host, its QEMU and this installation can do, and what is missing"
@@ -109,7 +114,14 @@ def build_parser() -> argparse.ArgumentParser:
     _json(command, "print an array of findings (of transports with --kernel-config)")
 
     command = _command(commands, "daemon", "run the daemon in the foreground")
-    command.add_argument("--config", metavar="FILE", help="default: /etc/storaged/storaged.toml")
+    how = command.add_mutually_exclusive_group()
+    how.add_argument("--config", metavar="FILE", help="default: /etc/storaged/storaged.toml")
+    how.add_argument(
+        "--reload", action="store_true",
+        help="have the daemon that runs read its configuration again, as SIGHUP does, and say what is in force now and"
+        " what needs a restart",
+    )
+    _config(commands)
 
     command = _command(commands, "completion", "print the completion script of a shell")
     command.add_argument("shell", choices=SHELLS, help="the shell")
@@ -146,8 +158,8 @@ def _attach(commands: _Commands[argparse.ArgumentParser]) -> None:
         "--option",
         metavar="KEY=VALUE",
         dest="options",
-        type=_key_value,
-        action=_CollectOptions,
+        type=key_value,
+        action=CollectOptions,
         default={},
         help="an option of the format or source, as backing=allow:DIR[:DIR…]; may be repeated",
     )
@@ -167,6 +179,17 @@ def _detach(commands: _Commands[argparse.ArgumentParser]) -> None:
         help="also while it is in use or hangs: whoever uses it gets I/O errors (rescue does so and keeps the volume)",
     )
     _timeout(command)
+
+
+def _config(commands: _Commands[argparse.ArgumentParser]) -> None:
+    command = _command(commands, "config", "check the daemon's configuration, or describe it")
+    actions = command.add_subparsers(dest="action", metavar="ACTION", required=True, title="actions")
+
+    action = _command(actions, "check", "check storaged.toml and its drop-ins, and say all that is wrong")
+    action.add_argument("config", metavar="FILE", nargs="?", help="default: /etc/storaged/storaged.toml")
+    _json(action, "print an array of problems")
+
+    _command(actions, "schema", "print the JSON schema of storaged.toml")
 
 
 def _trouble(commands: _Commands[argparse.ArgumentParser]) -> None:
@@ -212,7 +235,7 @@ def _timeout(command: argparse.ArgumentParser) -> None:
     )
 
 
-class _CollectOptions(argparse.Action):
+class CollectOptions(argparse.Action):
     """Collects KEY=VALUE pairs; a key said twice is refused, since one of the two would not count."""
 
     def __call__(
@@ -230,7 +253,7 @@ class _CollectOptions(argparse.Action):
         setattr(namespace, self.dest, {**collected, key: value})
 
 
-def _key_value(text: str) -> tuple[str, str]:
+def key_value(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not key or not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")

@@ -153,6 +153,7 @@ def volume_details(volume: dict[str, Any], now: float | None = None, width: int 
         ("socket", volume.get("socket")),
         ("link", volume.get("link")),
         ("size", f"{format_size(size)} ({size} bytes)" if isinstance(size, int) else None),
+        ("grown to", _growth(volume)),
         ("block size", volume.get("logical_block_size")),
         ("source", volume.get("source")),
         ("format", volume.get("format")),
@@ -190,6 +191,14 @@ def _kept(volume: dict[str, Any]) -> str | None:
     if persist:
         return f"until it is detached, over reboots, too (storaged persist {name} off changes that)"
     return f"until it is detached, or the host reboots (storaged persist {name} on changes that)"
+
+
+def _growth(volume: dict[str, Any]) -> str | None:
+    size = volume.get("source_size")
+    if not isinstance(size, int):
+        return None
+    takes = "" if volume.get("transport") == "nbd" or volume.get("read_only") else "; storaged resize takes them"
+    return f"{format_size(size)} ({size} bytes): the source{takes}"
 
 
 def _condition_facts(condition: dict[str, Any], now: float) -> list[tuple[str, object]]:

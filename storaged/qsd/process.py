@@ -99,11 +99,24 @@ def spawn(
     return child.pid, os.pidfd_open(child.pid)
 
 
+#: What a library wrote that ends QSD by itself, and what to do about it.
+_LAST_WORDS = (
+    (
+        "Error reading configuration from etcd",
+        "Vitastor's client ends where no etcd answers: start it, check -o etcd-host and etcd_address in the file of "
+        "-o config-path",
+    ),
+    ("etcd_address is missing", "say where Vitastor's etcd is: -o etcd-host=HOST:PORT, or -o config-path=FILE"),
+)
+
+
 def died(directory: str, how: str) -> StoragedError:
     """The failure of a QSD that ended by itself, with the last it wrote."""
+    words = log_tail(directory)
+    hint = f"see {os.path.join(directory, 'qsd.log')} while the volume is there, and the journal"
     return StoragedError(
-        ErrorCode.QSD_DIED, "qemu-storage-daemon ended", cause="; ".join(filter(None, [how, log_tail(directory)])),
-        hint=f"see {os.path.join(directory, 'qsd.log')} while the volume is there, and the journal",
+        ErrorCode.QSD_DIED, "qemu-storage-daemon ended", cause="; ".join(filter(None, [how, words])),
+        hint=next((advice for said, advice in _LAST_WORDS if said in words), hint),
     )
 
 

@@ -18,6 +18,7 @@ from storaged.model.recovery import STABLE_AFTER, backoff
 from storaged.model.spec import Desired
 from storaged.model.states import State, state_of
 from storaged.observe.journald import about
+from storaged.supervisor import growing
 from storaged.supervisor.actor import Actor
 from storaged.supervisor.attachment import Attachment
 from storaged.supervisor.environment import Environment
@@ -62,6 +63,7 @@ class Convergence(Actor):
         self._not_before = 0.0
         self._ask_after = 0.0
         self._parking = self._parked = False
+        self._told_size = 0
 
     @property
     def condition(self) -> Condition | None:
@@ -157,6 +159,8 @@ class Convergence(Actor):
                 await self.attachment.perform(step, timeout=left, force=force or gone)
             except StoragedError as error:
                 raise error.at(volume=self.name, step=step) from error
+            if step is Step.OPEN:
+                self._tell_growth()
             self._environment.fault(f"after {step}")
             if step is Step.STOP:
                 self._health.begin_anew()
@@ -194,10 +198,22 @@ class Convergence(Actor):
         # The record of a device, or a socket, means that it has been usable: what is missing now is replaced.
         record = self.attachment.record
         self._was_online = record is not None and (record.device or record.socket) is not None
+        self._told_size = record.source_size if record is not None else 0
         if self._was_online:
             self._journal.add(Happening.ADOPTED, "taken over from an earlier daemon")
         if self._refused is not None and self.goal is not Goal.ABSENT:
             raise self._refused
+
+    def _tell_growth(self) -> None:
+        """Say once that the source has more than the device."""
+        record = self.attachment.record
+        size = record.source_size if record is not None else 0
+        if size and size != self._told_size:
+            how = growing.how_to_take(record, self.attachment.transport) if record is not None else ""
+            message = f"the source has {size} bytes by now; {how}"
+            self._journal.add(Happening.GROWN, message)
+            self._emit("note", message)
+        self._told_size = size
 
     async def _store(self, goal: Goal) -> None:
         """Store what is wished for. Raises NO_SPACE, HOST_STUCK."""

@@ -19,10 +19,11 @@ import uvloop
 from storaged.api.server import Server
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import locks
+from storaged.host.configfiles import load_config
 from storaged.host.protection import protect_daemon
 from storaged.host.servicemanager import ServiceManager
 from storaged.host.unixsock import bind_unix
-from storaged.model.config import Config, parse_config
+from storaged.model.config import Config
 from storaged.model.layout import LOCK_DIR, Layout
 from storaged.observe import journald
 from storaged.store.local import LocalStore
@@ -30,6 +31,7 @@ from storaged.supervisor.environment import Environment
 from storaged.supervisor.events import EventHub
 from storaged.supervisor.faults import fault_from_environment
 from storaged.supervisor.manager import Manager
+from storaged.supervisor.reloading import reload_config
 from storaged.supervisor.watchdog import watch
 
 log = logging.getLogger("storaged")
@@ -57,31 +59,15 @@ def run(layout: Layout, config_file: str | None) -> int:
     _raise_descriptor_limit()
     lock = _lock_out_others(layout)
     try:
-        uvloop.run(_serve(layout, config, group, service))
+        uvloop.run(_serve(layout, config, config_file, group, service))
     finally:
         os.close(lock)
     return 0
 
 
-def load_config(layout: Layout, config_file: str | None) -> Config:
-    """Read the configuration; the default file may be missing, one that was named may not."""
-    path = config_file or layout.config_file
-    try:
-        with open(path, "rb") as file:
-            return parse_config(file.read(), path)
-    except FileNotFoundError as error:
-        if config_file is None:
-            return Config()
-        raise StoragedError(
-            ErrorCode.INVALID_ARGUMENT, f"there is no configuration file {path}", hint="check --config"
-        ) from error
-    except OSError as error:
-        raise StoragedError(
-            ErrorCode.INVALID_ARGUMENT, f"cannot read {path}", cause=error.strerror or ""
-        ) from error
-
-
-async def _serve(layout: Layout, config: Config, group: int, service: ServiceManager) -> None:
+async def _serve(
+    layout: Layout, config: Config, config_file: str | None, group: int, service: ServiceManager
+) -> None:
     stop = asyncio.Event()
     reload = asyncio.Event()
     for number, event in ((signal.SIGTERM, stop), (signal.SIGINT, stop), (signal.SIGHUP, reload)):
@@ -89,7 +75,7 @@ async def _serve(layout: Layout, config: Config, group: int, service: ServiceMan
     environment = Environment(
         layout=layout, config=config, persistent=LocalStore(layout.desired_persistent),
         volatile=LocalStore(layout.desired_volatile), events=EventHub(), lock_directory=LOCK_DIR,
-        fault=fault_from_environment(),
+        fault=fault_from_environment(), config_file=config_file,
     )
     listener, ours = _listen(layout, service)
     os.chown(layout.socket, -1, group)
@@ -118,14 +104,15 @@ async def _serve(layout: Layout, config: Config, group: int, service: ServiceMan
 
 
 async def _reload_when(asked: asyncio.Event, manager: Manager, service: ServiceManager) -> None:
-    """SIGHUP: the files of volumes are read again. (storaged.toml is read at the start.)"""
+    """SIGHUP: the configuration and the files of volumes are read again. What is wrong with them is in the log."""
     while True:
         await asked.wait()
         asked.clear()
         service.tell_reloading()
+        with contextlib.suppress(StoragedError):
+            await reload_config(manager.environment)
         try:
             await manager.reload()
-            log.info("reloaded, %d volumes", len(manager.volumes()))
         except StoragedError as error:
             log.error("the files of volumes cannot be read: %s", error)
         service.tell("READY=1")

@@ -14,9 +14,12 @@ from storaged.supervisor.events import EventHub
 from storaged.supervisor.faults import Fault, no_fault
 
 
-@dataclass(frozen=True)
+@dataclass
 class Environment:
-    """Directories, configuration, stores and the way to the watchers."""
+    """Directories, configuration, stores and the way to the watchers.
+
+    A reload replaces the configuration: look a value up when it is needed.
+    """
 
     layout: Layout
     config: Config
@@ -27,6 +30,8 @@ class Environment:
     claims: Claims = field(default_factory=Claims)
     dead_links: DeadLinks = field(default_factory=DeadLinks)
     fault: Fault = no_fault
+    config_file: str | None = None
+    """The file that was named at the start, for a reload; None: the default one."""
 
     @property
     def files(self) -> VolumeFiles:

@@ -68,6 +68,7 @@ class Manager:
                     "volume %s: %s wishes for something else than what is attached (%s): detach it, and reload again",
                     name, self.environment.files.path(name), difference(volume.spec, spec), extra=about(name),
                 )
+        log.info("the files of volumes were reloaded, %d volumes", len(self._volumes))
 
     def volumes(self) -> list[Volume]:
         """All volumes, sorted by name."""
@@ -202,8 +203,8 @@ class Manager:
         if actor is not None and self._volumes.get(volume.spec.name) is volume:
             await asyncio.wait({actor})
 
-    async def resize(self, name: str, size: int, timeout: float | None) -> Volume:
-        """Grow a volume to ``size`` bytes."""
+    async def resize(self, name: str, size: int | None, timeout: float | None) -> Volume:
+        """Grow a volume to ``size`` bytes, or to all that its source has by now."""
         volume = self.get(name)
         await volume.resize(size, timeout or self.environment.config.attach_timeout)
         return volume

@@ -34,9 +34,9 @@ def write(daemon: Daemon, name: str, text: str) -> Path:
 
 def reload(daemon: Daemon) -> None:
     assert daemon.process is not None
-    before = daemon.log.read_text().count("reloaded, ")
+    before = daemon.log.read_text().count("files of volumes were reloaded")
     daemon.process.send_signal(signal.SIGHUP)
-    eventually(lambda: daemon.log.read_text().count("reloaded, ") > before, "reloaded")
+    eventually(lambda: daemon.log.read_text().count("files of volumes were reloaded") > before, "reloaded")
 
 
 def test_files_are_attached_at_the_start_and_a_bad_one_fails_alone(stopped: Daemon, place: Path) -> None:

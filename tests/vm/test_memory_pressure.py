@@ -269,29 +269,3 @@ def test_the_oom_killer_takes_a_hog_and_neither_qsd_nor_the_daemon(
     for transport in ("vduse", "nbd"):
         daemon.detach(transport)
     assert leftovers(daemon.root) == []
-
-
-@pytest.mark.parametrize("transport", ["vduse", "nbd"])
-def test_the_machine_swaps_to_a_volume_whose_qsd_dies_meanwhile(
-    daemon: Daemon, place: Path, little_memory: None, transport: str
-) -> None:
-    device = daemon.device("a", SPARE, transport=transport, options={"cache": "none"})
-    swapped = vmstat("pswpout")
-    run("mkswap", device)
-    run("swapon", device)
-    count = LEFT // MIB + 80
-    try:
-        with deadline(150), hog(count) as process:
-            assert process.stdout is not None
-            # The last of it is out of memory long before its first is looked at again.
-            while int(process.stdout.readline()) < count - 40:
-                pass
-            former = daemon.kill_qsd("a")
-            assert process.wait() == 0, "what was swapped came back as it was"
-            eventually(lambda: daemon.replaced("a", former), "replaced")
-            assert vmstat("pswpin") > 0
-            assert vmstat("pswpout") - swapped > 60 * MIB // os.sysconf("SC_PAGESIZE")
-            assert status(daemon.qsd("a"), "VmSwap") == status(main_pid(daemon), "VmSwap") == 0
-    finally:
-        run("swapoff", device)
-    daemon.detach("a")
