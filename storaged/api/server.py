@@ -30,7 +30,7 @@ from storaged.model.formats import Format
 from storaged.model.history import Happening
 from storaged.model.spec import VolumeSpec
 from storaged.supervisor.manager import Manager
-from storaged.supervisor.reloading import reload_config
+from storaged.supervisor.reloading import reload
 from storaged.supervisor.volume import Volume
 
 log = logging.getLogger("storaged.api")
@@ -194,9 +194,8 @@ class Service(interface.StoragedInterface):
     @varlinkmethod(return_parameter="reloaded")
     @_translated
     async def Reload(self) -> interface.Reloaded:
-        """Read the configuration and the files of volumes again, as at SIGHUP. Nothing of a wrong file is used."""
-        changed = await reload_config(self._manager.environment)
-        await self._manager.reload()
+        """Read the configuration and the files of volumes again, as at SIGHUP. With a wrong file nothing is changed."""
+        changed = await reload(self._manager)
         return interface.Reloaded(changed.applied, changed.needs_restart)
 
     @varlinkmethod(return_parameter="event", delay_generator=False)

@@ -181,6 +181,14 @@ def volume_details(volume: dict[str, Any], now: float | None = None, width: int 
     return "\n".join(lines)
 
 
+def _growth(volume: dict[str, Any]) -> str | None:
+    size = volume.get("source_size")
+    if not isinstance(size, int):
+        return None
+    takes = "" if volume.get("transport") == "nbd" or volume.get("read_only") else "; storaged resize takes them"
+    return f"{format_size(size)} ({size} bytes): the source{takes}"
+
+
 def _kept(volume: dict[str, Any]) -> str | None:
     """How long a volume is wanted, and what changes that."""
     name, file, persist = volume.get("name"), volume.get("file"), volume.get("persist")
@@ -191,14 +199,6 @@ def _kept(volume: dict[str, Any]) -> str | None:
     if persist:
         return f"until it is detached, over reboots, too (storaged persist {name} off changes that)"
     return f"until it is detached, or the host reboots (storaged persist {name} on changes that)"
-
-
-def _growth(volume: dict[str, Any]) -> str | None:
-    size = volume.get("source_size")
-    if not isinstance(size, int):
-        return None
-    takes = "" if volume.get("transport") == "nbd" or volume.get("read_only") else "; storaged resize takes them"
-    return f"{format_size(size)} ({size} bytes): the source{takes}"
 
 
 def _condition_facts(condition: dict[str, Any], now: float) -> list[tuple[str, object]]:

@@ -62,8 +62,8 @@ class Convergence(Actor):
         self._setbacks = 0
         self._not_before = 0.0
         self._ask_after = 0.0
-        self._parking = self._parked = False
         self._told_size = 0
+        self._parking = self._parked = False
 
     @property
     def condition(self) -> Condition | None:

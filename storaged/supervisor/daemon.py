@@ -31,7 +31,7 @@ from storaged.supervisor.environment import Environment
 from storaged.supervisor.events import EventHub
 from storaged.supervisor.faults import fault_from_environment
 from storaged.supervisor.manager import Manager
-from storaged.supervisor.reloading import reload_config
+from storaged.supervisor.reloading import reload
 from storaged.supervisor.watchdog import watch
 
 log = logging.getLogger("storaged")
@@ -69,8 +69,8 @@ async def _serve(
     layout: Layout, config: Config, config_file: str | None, group: int, service: ServiceManager
 ) -> None:
     stop = asyncio.Event()
-    reload = asyncio.Event()
-    for number, event in ((signal.SIGTERM, stop), (signal.SIGINT, stop), (signal.SIGHUP, reload)):
+    hang_up = asyncio.Event()
+    for number, event in ((signal.SIGTERM, stop), (signal.SIGINT, stop), (signal.SIGHUP, hang_up)):
         asyncio.get_running_loop().add_signal_handler(number, event.set)
     environment = Environment(
         layout=layout, config=config, persistent=LocalStore(layout.desired_persistent),
@@ -89,7 +89,7 @@ async def _serve(
         )
         service.tell("READY=1")
         watchdog = tasks.create_task(watch(manager, service), name="watchdog")
-        reloads = tasks.create_task(_reload_when(reload, manager, service), name="reload")
+        reloads = tasks.create_task(_reload_when(hang_up, manager, service), name="reload")
         await stop.wait()
         log.info("ending; volumes stay attached", extra=journald.about(event="ending"))
         service.tell("STOPPING=1", "STATUS=ending; volumes stay attached")
@@ -104,17 +104,13 @@ async def _serve(
 
 
 async def _reload_when(asked: asyncio.Event, manager: Manager, service: ServiceManager) -> None:
-    """SIGHUP: the configuration and the files of volumes are read again. What is wrong with them is in the log."""
+    """SIGHUP: what is wrong with the files is in the log, and the daemon goes on with what it has."""
     while True:
         await asked.wait()
         asked.clear()
         service.tell_reloading()
         with contextlib.suppress(StoragedError):
-            await reload_config(manager.environment)
-        try:
-            await manager.reload()
-        except StoragedError as error:
-            log.error("the files of volumes cannot be read: %s", error)
+            await reload(manager)
         service.tell("READY=1")
 
 
