@@ -47,7 +47,6 @@ test-host: servers lint ## lint and the tests that run on this machine (root)
 test-vm: setup ## the tests that need the test machine, in it (root)
 	@scripts/vm test $(VM_TESTS) $(PYTEST_ARGS)
 	@scripts/power-cut --machine $(MACHINE)
-	@scripts/reboot-test --machine $(MACHINE)
 
 # The same in two machines, for CI: one waits more than half of the time, so that two side by side take little longer
 # than the longer of them. Each leaves its logs in a directory of its own.
