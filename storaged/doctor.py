@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 
@@ -70,6 +71,7 @@ def gather(layout: Layout, command: str = "storaged") -> Facts:
         daemon_problem=daemon_problem,
         daemon_hint=daemon_hint,
         own_version=storaged.__version__,
+        rbd=shutil.which("rbd") is not None,
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from storaged.model.config import Config
 from storaged.model.layout import Layout
 from storaged.store.base import Store
+from storaged.store.files import VolumeFiles
 from storaged.supervisor.claims import Claims
 from storaged.supervisor.deadlinks import DeadLinks
 from storaged.supervisor.events import EventHub
@@ -31,6 +32,11 @@ class Environment:
     fault: Fault = no_fault
     config_file: str | None = None
     """The file that was named at the start, for a reload; None: the default one."""
+
+    @property
+    def files(self) -> VolumeFiles:
+        """The volumes that an administrator has written down."""
+        return VolumeFiles(self.layout.volume_files, self.layout.detached_marks)
 
     def store_of(self, persist: bool) -> Store:
         """The store in which a volume's desired state is kept."""

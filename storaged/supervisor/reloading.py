@@ -1,4 +1,4 @@
-"""The configuration is read again while the daemon runs: what can take effect at once does, the rest is named."""
+"""Configuration and files of volumes are read again: what can take effect at once does, the rest is named."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from storaged.host.blocking import BlockingCalls
 from storaged.host.configfiles import load_config
 from storaged.model.config import Config, keys
 from storaged.supervisor.environment import Environment
+from storaged.supervisor.manager import Manager
 
 #: Seconds that reading the files may take.
 _PATIENCE = 20.0
@@ -26,6 +27,17 @@ class Reloaded:
 
     applied: list[str]
     needs_restart: list[str]
+
+
+async def reload(manager: Manager) -> Reloaded:
+    """Read the configuration again, and the files of volumes. Raises INVALID_ARGUMENT; the log says it, too."""
+    changed = await reload_config(manager.environment)
+    try:
+        await manager.reload()
+    except StoragedError as error:
+        log.error("the files of volumes cannot be read: %s", error)
+        raise
+    return changed
 
 
 async def reload_config(environment: Environment) -> Reloaded:
