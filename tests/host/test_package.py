@@ -12,6 +12,8 @@ from tests.harness import run
 
 TOP = Path(__file__).parents[2]
 DOC = "./usr/share/doc/storaged"
+#: The build takes 14 seconds of processor time, and CI's processors have much to do.
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run("tar", "-x", "-C", tree, "-f", place / "tree.tar")
     with open(place / "made.tar", "wb") as made, open(place / "log", "wb") as log:
         done = subprocess.run(
-            ["scripts/deb", "--inside", "bookworm", "0.1.0+test"], cwd=tree, stdout=made, stderr=log, timeout=110,
+            ["scripts/deb", "--inside", "bookworm", "0.1.0+test"], cwd=tree, stdout=made, stderr=log, timeout=280,
             env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8",
                  "SOURCE_DATE_EPOCH": "1769817600"},
         )
@@ -63,7 +65,8 @@ def test_what_is_not_in_the_package_is_a_dependency(package: Path) -> None:
     assert re.search(r"python3 \(>= 3\.\d+~\), python3 \(<< 3\.\d+\)", depends)
     have = re.findall(r"site-packages/([^/]+)-[\d.]+\.dist-info/$", run("dpkg-deb", "-c", package).stdout, re.MULTILINE)
     vendored = {re.sub(r"[-_.]+", "-", name).lower() for name in have}
-    asked = re.findall(r'^    "([\w.-]+)>=', (TOP / "pyproject.toml").read_text().partition("[project.o")[0], re.MULTILINE)
+    required = (TOP / "pyproject.toml").read_text().partition("\ndependencies = [")[2].partition("\n]")[0]
+    asked = re.findall(r'^    "([\w.-]+)>=', required, re.MULTILINE)
     assert len(asked) > 5
     for name in (re.sub(r"[-_.]+", "-", name).lower() for name in asked):
         assert name in vendored or f"python3-{name}" in depends, name
