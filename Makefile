@@ -93,17 +93,15 @@ bench-recovery: setup ## how long I/O waits when QSD dies or is rescued, in the 
 		rescue:vduse rescue:nbd all:vduse all:nbd >&2 && cat /run/json' >.cache/bench/recovery.json
 	$(VENV)/python bench/recovery.py calls:fuse all:fuse
 
-<<<<<<< HEAD
 bench-metrics: setup ## how long a scrape of 500 volumes takes, and what it holds up (root)
 	$(VENV)/python bench/metrics.py --real 100
-=======
+
 # The machine "bench" is trixie with the servers, and with a fio that has their engines, as it is built here.
 bench-backends: servers ## devices against each backend's own library, here and in a test machine (root, 40 minutes)
 	@bench/fio-engines .cache/bench/fio
 	$(VENV)/python bench/backends.py --fio .cache/bench/fio/fio --json .cache/bench/backends-fuse.json
 	@scripts/vm --machine bench run --steady 'python bench/backends.py --fio /opt/fio/fio --transport vduse,nbd \
 		--rounds 3 --seconds 1 --mib 64 --json /run/json >&2 && cat /run/json' >.cache/bench/backends-vm.json
->>>>>>> bench
 
 dkms: ## make the Debian package that gives Debian 12's kernel VDUSE (kernel-config/dkms)
 	@scripts/dkms-deb
