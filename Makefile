@@ -2,7 +2,7 @@
 # PYTEST_ARGS is handed to pytest: make test PYTEST_ARGS='-k vduse -x'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup servers demo test test-host test-vm test-vm-contract test-vm-system test-vm-bookworm test-faults vm-shell lint unit bench-attach bench-vm bench-recovery dkms clean
+.PHONY: help setup servers demo test test-host test-vm test-vm-contract test-vm-system test-vm-bookworm test-faults vm-shell lint unit bench-attach bench-vm bench-recovery bench-metrics dkms deb bench-backends clean
 # setup comes first in each list of prerequisites: never run them side by side.
 .NOTPARALLEL:
 
@@ -18,6 +18,7 @@ VM_TESTS ?= $(VM_SYSTEM) $(VM_CONTRACT)
 export MACHINE
 # The tests start thousands of programs: each would compile storaged anew.
 unexport PYTHONDONTWRITEBYTECODE
+SUITES ?= bookworm trixie
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -92,8 +93,23 @@ bench-recovery: setup ## how long I/O waits when QSD dies or is rescued, in the 
 		rescue:vduse rescue:nbd all:vduse all:nbd >&2 && cat /run/json' >.cache/bench/recovery.json
 	$(VENV)/python bench/recovery.py calls:fuse all:fuse
 
+bench-metrics: setup ## how long a scrape of 500 volumes takes, and what it holds up (root)
+	$(VENV)/python bench/metrics.py --real 100
+
+# The machine "bench" is trixie with the servers, and with a fio that has their engines, as it is built here.
+bench-backends: servers ## devices against each backend's own library, here and in a test machine (root, 40 minutes)
+	@bench/fio-engines .cache/bench/fio
+	$(VENV)/python bench/backends.py --fio .cache/bench/fio/fio --json .cache/bench/backends-fuse.json
+	@scripts/vm --machine bench run --steady 'python bench/backends.py --fio /opt/fio/fio --transport vduse,nbd \
+		--rounds 3 --seconds 1 --mib 64 --json /run/json >&2 && cat /run/json' >.cache/bench/backends-vm.json
+
 dkms: ## make the Debian package that gives Debian 12's kernel VDUSE (kernel-config/dkms)
 	@scripts/dkms-deb
+
+deb: setup ## make the Debian packages for SUITES="bookworm trixie", and try them in a fresh root (root)
+	@scripts/deb $(SUITES)
+	@for suite in $(SUITES); do scripts/try-deb $$suite >.cache/deb/$$suite/try.log || \
+		{ cat .cache/deb/$$suite/try.log; exit 1; }; done
 
 clean: ## remove everything that was made here: .venv, caches, Debian roots
 	rm -rf --one-file-system .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

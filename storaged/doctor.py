@@ -45,7 +45,7 @@ def examine_kernel(what: str, transport: str | None = None) -> tuple[list[Findin
 
 def gather(layout: Layout, command: str = "storaged") -> Facts:
     """Return the facts of this host."""
-    binary, binaries, config_problem = _configured_qsd(layout.config_file)
+    binary, binaries, config_problem = _configured_qsd(layout)
     qsd_path, qsd_output, qsd = probe.qsd(binary)
     nbd, nbd_is_libnbd = probe.libnbd()
     free_loops, loops = probe.loop_devices()
@@ -128,22 +128,15 @@ def _kernel_config(what: str) -> tuple[str, KernelConfig]:
     return found
 
 
-def _configured_qsd(config_file: str) -> tuple[str, Mapping[str, str], str]:
+def _configured_qsd(layout: Layout) -> tuple[str, Mapping[str, str], str]:
     """Return the QSD that the configuration names, those of some backends, and what is wrong with the configuration."""
     default = "qemu-storage-daemon"
     try:
-        with open(config_file, "rb") as file:
-            text = file.read()
-    except FileNotFoundError:
-        return default, {}, ""
-    except OSError as error:
-        return default, {}, error.strerror or str(error)
-    try:
-        from storaged.model.config import parse_config
+        from storaged.host.configfiles import load_config
     except ImportError:  # msgspec is missing, which is a finding of its own
         return default, {}, ""
     try:
-        qsd = parse_config(text, config_file).qsd
+        qsd = load_config(layout, None).qsd
         return qsd.binary, qsd.binaries, ""
     except StoragedError as error:
         return default, {}, error.cause or error.message

@@ -72,7 +72,8 @@ class Volume:
 
     layers are the images that were opened, the disk first; there are none before it is open.
     A volume for a virtual machine has a socket in place of a device. deaths is how often its QSD has died, paused for
-    how many seconds I/O waited at the last recovery. history has the newest last; only Show tells it.
+    how many seconds I/O waited at the last recovery. history has the newest last; only Show tells it. file is
+    what wishes for the volume at each boot, if there is one.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Volume:
     deaths: int
     paused: float | None
     history: list[HistoryEntry] | None
+    file: str | None
     layers: list[Layer]
 
 
@@ -111,6 +113,14 @@ class QemuArguments:
     drive: list[str]
     vhost_user: list[str] | None
     notes: list[str]
+
+
+@dataclasses.dataclass
+class Reloaded:
+    """Keys of the configuration that got another value: in force now, and those that need a restart of the daemon."""
+
+    applied: list[str]
+    needs_restart: list[str]
 
 
 @dataclasses.dataclass
@@ -228,6 +238,16 @@ class StoragedInterface(VarlinkInterface):
         """Replace the QSD of a volume by the binary that is installed now, while the device is in use."""
         raise NotImplementedError
 
+    @varlinkmethod(return_parameter="volume")
+    async def Persist(self, *, name: str, on: bool) -> Volume:
+        """Attach a volume again after each boot, or do not."""
+        raise NotImplementedError
+
+    @varlinkmethod(return_parameter="notes")
+    async def Park(self, *, timeout: float | None = None) -> list[str]:
+        """The host goes down: flush and end what nobody uses, and keep the wishes; notes say what goes on, and why."""
+        raise NotImplementedError
+
     @varlinkmethod(return_parameter="volumes")
     async def List(self) -> list[Volume]:
         """All volumes, sorted by name, without their history."""
@@ -241,6 +261,11 @@ class StoragedInterface(VarlinkInterface):
     @varlinkmethod(return_parameter="arguments")
     async def QemuArguments(self, *, name: str) -> QemuArguments:
         """How a virtual machine uses a volume: the source directly (blockdev, or drive), or through the socket."""
+        raise NotImplementedError
+
+    @varlinkmethod(return_parameter="reloaded")
+    async def Reload(self) -> Reloaded:
+        """Read the configuration and the files of volumes again, as at SIGHUP. With a wrong file nothing is changed."""
         raise NotImplementedError
 
     @varlinkmethod(return_parameter="event", delay_generator=False)

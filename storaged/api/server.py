@@ -32,6 +32,7 @@ from storaged.model.record import Record
 from storaged.model.spec import VolumeSpec
 from storaged.model.treespec import spelled_out
 from storaged.supervisor.manager import Manager
+from storaged.supervisor.reloading import reload
 from storaged.supervisor.volume import Volume
 
 log = logging.getLogger("storaged.api")
@@ -74,11 +75,15 @@ def _translated(method: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Coro
     async def translate(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return await method(*args, **kwargs)
-        except StoragedError as error:
-            raise _reply_of(error) from error
         except Exception as error:
-            log.exception("a bug in a method of the API")
-            raise _reply_of(bug(error)) from error
+            if isinstance(error, StoragedError):
+                failure = error
+            else:
+                log.exception("a bug in a method of the API")
+                failure = bug(error)
+            if isinstance(service := args[0], Service):
+                service.count(failure.code)
+            raise _reply_of(failure) from error
 
     translate.__name__, translate.__doc__ = method.__name__, method.__doc__
     translate.__wrapped__ = method  # type: ignore[attr-defined]  # asyncvarlink reads the signature through it
@@ -162,6 +167,18 @@ class Service(interface.StoragedInterface):
         """Replace the QSD of a volume by the binary that is installed now, while the device is in use."""
         return self._describe(await self._manager.upgrade(name, _deadline(timeout)))
 
+    @varlinkmethod(return_parameter="volume")
+    @_translated
+    async def Persist(self, *, name: str, on: bool) -> interface.Volume:
+        """Attach a volume again after each boot, or do not."""
+        return self._describe(await self._manager.persist(name, on=on))
+
+    @varlinkmethod(return_parameter="notes")
+    @_translated
+    async def Park(self, *, timeout: float | None = None) -> list[str]:
+        """The host goes down: flush and end what nobody uses, and keep the wishes; notes say what goes on, and why."""
+        return await self._manager.park(_deadline(timeout))
+
     @varlinkmethod(return_parameter="volumes")
     @_translated
     async def List(self) -> list[interface.Volume]:
@@ -181,12 +198,23 @@ class Service(interface.StoragedInterface):
         found = await self._manager.qemu_arguments(name)
         return interface.QemuArguments(found.blockdev, found.drive, found.vhost_user, found.notes)
 
+    @varlinkmethod(return_parameter="reloaded")
+    @_translated
+    async def Reload(self) -> interface.Reloaded:
+        """Read the configuration and the files of volumes again, as at SIGHUP. With a wrong file nothing is changed."""
+        changed = await reload(self._manager)
+        return interface.Reloaded(changed.applied, changed.needs_restart)
+
     @varlinkmethod(return_parameter="event", delay_generator=False)
     async def Watch(self, *, name: str | None = None) -> AsyncIterator[interface.Event]:
         """Events as they happen, of one volume or of all; the first has the kind ready."""
         async with contextlib.aclosing(self._manager.environment.events.watch(name)) as events:
             async for event in events:
                 yield interface.Event(event.time, event.volume, event.kind, event.state, event.message)
+
+    def count(self, code: ErrorCode) -> None:
+        """A caller is answered with an error."""
+        self._manager.environment.counts.request_failed(code)
 
     def _describe(self, volume: Volume, *, with_history: bool = False) -> interface.Volume:
         spec, record, layout = volume.spec, volume.attachment.record, self._manager.environment.layout
@@ -217,6 +245,7 @@ class Service(interface.StoragedInterface):
                 interface.HistoryEntry(entry.time, entry.kind, entry.message, entry.seconds, entry.times, entry.last)
                 for entry in history.entries
             ] if with_history else None,
+            file=self._manager.file_of(spec.name),
             layers=_layers(record),
         )
 

@@ -158,6 +158,7 @@ def volume_details(volume: dict[str, Any], now: float | None = None, width: int 
         ("source", volume.get("source")),
         ("format", volume.get("format")),
         ("mode", _mode(volume)),
+        ("kept", _kept(volume)),
         ("transport", transport),
         *((f"option {key}", value) for key, value in sorted(options.items())),
         ("overlay", volume.get("overlay")),
@@ -187,6 +188,18 @@ def _growth(volume: dict[str, Any]) -> str | None:
         return None
     takes = "" if volume.get("transport") == "nbd" or volume.get("read_only") else "; storaged resize takes them"
     return f"{format_size(size)} ({size} bytes): the source{takes}"
+
+
+def _kept(volume: dict[str, Any]) -> str | None:
+    """How long a volume is wanted, and what changes that."""
+    name, file, persist = volume.get("name"), volume.get("file"), volume.get("persist")
+    if file:
+        return f"attached at each boot by {file}; a detach lasts until that goes, or until the next boot"
+    if not isinstance(persist, bool):
+        return None
+    if persist:
+        return f"until it is detached, over reboots, too (storaged persist {name} off changes that)"
+    return f"until it is detached, or the host reboots (storaged persist {name} on changes that)"
 
 
 def _condition_facts(condition: dict[str, Any], now: float) -> list[tuple[str, object]]:

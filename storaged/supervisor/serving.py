@@ -144,7 +144,7 @@ async def _kill_unopened(held: Holding) -> None:
 
 
 async def _open(held: Holding, wanted: opening.Opening, timeout: float) -> None:
-    spec = held.spec
+    spec, began = held.spec, time.monotonic()
     session = await held.qsd.session()
     for command, arguments in held.transport.setup(held.site, held.known()):
         await session.execute(command, arguments)
@@ -211,7 +211,8 @@ async def _open(held: Holding, wanted: opening.Opening, timeout: float) -> None:
     which = await _tell_disk(held, wanted, timeout)
     # Once it is exported it may acknowledge writes: that it does waits for this to be on the disk.
     held.note_meanwhile(
-        size=size, source_size=source_size, fingerprint=which, settled=False, sources=dict(wanted.sources),
+        size=size, source_size=source_size, fingerprint=which, settled=False, open_seconds=time.monotonic() - began,
+        sources=dict(wanted.sources),
         layers=layers_of(wanted.layers, sizes, held.known().overlay if spec.snapshot else None),
     )
 
