@@ -39,6 +39,7 @@ class ErrorCode(StrEnum):
     FLUSH_FAILED = "flush-failed"
     RECONNECT_LOG_LOST = "reconnect-log-lost"
     NO_SPACE = "no-space"
+    IMAGE_FAILED = "image-failed"
     STATE_DAMAGED = "state-damaged"
     ADOPTION_REFUSED = "adoption-refused"
     UNSUPPORTED = "unsupported"

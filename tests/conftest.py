@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import Daemon, eventually, leftovers
+from tests.harness import Daemon, eventually, leftovers, processes_of
 
 # They need a machine of their own, and run in it: make test-vm.
 collect_ignore = [] if os.environ.get("STORAGED_VM") else ["vm"]
@@ -28,6 +28,17 @@ def place() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="sd-", dir="/var/tmp") as name:
         os.chmod(name, 0o755)  # so that what keeps others out is the daemon, not the directory
         yield Path(os.path.realpath(name))
+
+
+@pytest.fixture
+def root(place: Path) -> Iterator[Daemon]:
+    """Where a daemon would have its files, for what needs none. Nothing is left below it afterwards."""
+    found = Daemon(place / "root")
+    found.root.mkdir()
+    yield found
+    for directory in (found.layout.run_dir, found.layout.state_dir):
+        assert [path for path in Path(directory).rglob("*") if path.parent.name == "images"] == []
+    eventually(lambda: processes_of(found) == [], "no process is left")
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ a thing of this host it is the path; for one on the network it is a source itsel
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -85,6 +86,22 @@ class Requirements:
 NO_REQUIREMENTS = Requirements()
 
 
+@dataclass(frozen=True)
+class Inquiry:
+    """A program that tells a disk behind a server from another one that gets its name."""
+
+    program: str
+    package: str
+    """The Debian package that has it."""
+    arguments: tuple[str, ...]
+    """None of them is a secret."""
+    understand: Callable[[bytes], str]
+    """Makes the answer of what it prints; raises ValueError, LookupError or TypeError where that is something else."""
+    secret_files: Mapping[str, str] = field(default_factory=dict)
+    """Option of a secret, and the argument before the path of its file."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
 @runtime_checkable
 class NetworkBackend(Backend, Protocol):
     """A backend whose data is behind a server: there is no file to look at, and the server may be away for a while.
@@ -116,6 +133,10 @@ class NetworkBackend(Backend, Protocol):
         """Whether QEMU's driver makes a new connection when it has lost its own. Else it needs another QSD."""
 
     @property
+    def safe_when_acknowledged(self) -> bool:
+        """Whether what the server has acknowledged needs no flush, as long as QEMU's driver does not cache it."""
+
+    @property
     def identity_is_whole(self) -> bool:
         """Whether sources of one scheme and one identity are one disk, reached in one way: only their spelling differs.
 
@@ -128,8 +149,14 @@ class NetworkBackend(Backend, Protocol):
         Must not raise for what ``parse`` refuses, and ``parse`` refuses a source that still holds one.
         """
 
+    def image_node(self, location: str, *, read_only: bool, options: Mapping[str, str]) -> Node:
+        """Return the node as qemu-img takes it, which knows more of some sources than blockdev-add."""
+
     def requirements(self, location: str, options: Mapping[str, str]) -> Requirements:
         """Return what QSD must be given before the node."""
+
+    def inquiries(self, location: str, options: Mapping[str, str]) -> tuple[Inquiry, ...]:
+        """Return the programs that tell which disk has this name, better than its name and size do."""
 
     def identity(self, location: str, real_path: Callable[[str], str]) -> str:
         """Return what the source is locked by: the same text for every spelling that can be told to be one disk.
@@ -139,12 +166,13 @@ class NetworkBackend(Backend, Protocol):
         """
 
 
-class NetworkDefaults:
+class NetworkDefaults(ABC):
     """What most backends of the network have in common."""
 
     defaults: Mapping[str, str] = {}
     secret_options: tuple[str, ...] = ()
     read_only = False
+    safe_when_acknowledged = False
     identity_is_whole = False
     caches_writes = False
     caches_direct = False
@@ -154,6 +182,18 @@ class NetworkDefaults:
         """No spelling of this one holds a secret."""
         return source, {}
 
+    @abstractmethod
+    def node(self, location: str, *, read_only: bool, options: Mapping[str, str]) -> Node:
+        """Return the blockdev options of the protocol node (see :class:`Backend`)."""
+
+    def image_node(self, location: str, *, read_only: bool, options: Mapping[str, str]) -> Node:
+        """The same as for QSD."""
+        return self.node(location, read_only=read_only, options=options)
+
     def requirements(self, location: str, options: Mapping[str, str]) -> Requirements:
         """Nothing."""
         return NO_REQUIREMENTS
+
+    def inquiries(self, location: str, options: Mapping[str, str]) -> tuple[Inquiry, ...]:
+        """None is known."""
+        return ()

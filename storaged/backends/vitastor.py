@@ -43,6 +43,8 @@ _KEYS = (
 _SYNONYMS = {"etcd-address": "etcd-host"}
 #: Option → key in a source, where it is another one.
 _OPTION_KEYS = {"disk-size": "size"}
+#: Those that are numbers to the driver.
+_NUMBERS = frozenset(_KEYS) - {"image", "etcd-host", "etcd-prefix", "config-path", "cluster", "rdma-device"}
 #: What QEMU's filename syntax has and BlockdevOptionsVitastor has not.
 _RDMA = tuple(key for key in _KEYS if "rdma" in key)
 
@@ -81,14 +83,7 @@ class VitastorBackend(NetworkDefaults):
 
     def node(self, location: str, *, read_only: bool, options: Mapping[str, str]) -> Node:
         """BlockdevOptionsVitastor. Raises INVALID_ARGUMENT, UNSUPPORTED."""
-        values, cache = _read(location, {}), options.get("cache", "none")
-        # vitastor-cli makes a name with an @ for a snapshot, and for nothing else (src/cmd/cli_create.cpp). Opened for
-        # writing, it would end every write with EPERM.
-        if "@" in values.get("image", "") and not read_only:
-            _refuse_option(
-                f"{values['image']!r} is a snapshot, and can only be read",
-                "attach it with --read-only; or with --snapshot: what is written is then kept here until the detach",
-            )
+        values = _read(location, {})
         if "skip-parents" in values:
             raise StoragedError(
                 ErrorCode.UNSUPPORTED, "the layer of a Vitastor image without its parents cannot be attached",
@@ -102,11 +97,22 @@ class VitastorBackend(NetworkDefaults):
                     cause="blockdev-add does not take it: it is for qemu-img alone",
                     hint=f'write "{_underscored(key)}" into a configuration of Vitastor, and say -o config-path=FILE',
                 )
+        return self.image_node(location, read_only=read_only, options=options)
+
+    def image_node(self, location: str, *, read_only: bool, options: Mapping[str, str]) -> Node:
+        """With skip-parents and RDMA, which blockdev-add does not take, and the driver itself does."""
+        values, cache = _read(location, {}), options.get("cache", "none")
+        # vitastor-cli makes a name with an @ for a snapshot, and for nothing else (src/cmd/cli_create.cpp). Opened for
+        # writing, it would end every write with EPERM.
+        if "@" in values.get("image", "") and not read_only:
+            _refuse_option(
+                f"{values['image']!r} is a snapshot, and can only be read",
+                "attach it with --read-only; or with --snapshot: what is written is then kept here until the detach",
+            )
         said = {key: values[key] for key in _KEYS if key in values and key != "cluster"}
-        numbers = ("pool", "inode", "size")
         return {
             "driver": "vitastor",
-            **{key: int(value) if key in numbers else value for key, value in said.items()},
+            **{key: int(value) if key in _NUMBERS else value for key, value in said.items()},
             "read-only": read_only,
             "discard": "unmap",
             # To the driver "direct" says one thing: that no acknowledged writes may wait in QSD's memory for a flush,

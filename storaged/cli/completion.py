@@ -30,7 +30,7 @@ _NAMES = {
     "fish": "(storaged list --names 2>/dev/null)",
     "preamble": {"bash": _BASH_NAMES, "zsh": _ZSH_NAMES},
 }
-_FILES = ("source", "config", "kernel_config")
+_FILES = ("source", "target", "other", "backing", "config", "kernel_config")
 _DIRECTORIES = ("root", "snapshot_dir")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import select
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -15,6 +16,8 @@ from storaged.errors import StoragedError
 
 #: A request that is answered within this many seconds shows nothing.
 QUIET = 1.0
+#: Seconds between two lines on how far something is, where there is no terminal.
+_LINE_EVERY = 10.0
 
 
 class Display(Protocol):
@@ -35,6 +38,71 @@ class Lines:
 class _Silence:
     def show(self, text: str) -> None:
         pass
+
+
+class Bar:
+    """How far one long thing is: a bar on a terminal, elsewhere a line now and then. Nothing in the first second."""
+
+    def __init__(self, what: str, *, lines: bool = True) -> None:
+        self._what, self._percentage = what, -1.0
+        self._lines = lines
+        self._bar: Any = None
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        # What hangs says nothing by itself.
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def at(self, percentage: float) -> None:
+        """Show how far it is."""
+        self._show(self._what, percentage)
+
+    def doing(self, what: str) -> None:
+        """Show what is being done that does not tell how far it is."""
+        self._show(what, -1.0)
+
+    def end(self) -> None:
+        """Show nothing any more."""
+        self._ended.set()
+        with self._lock:
+            if self._bar is not None:
+                self._bar.stop()
+                self._bar = None
+
+    def _watch(self) -> None:
+        if self._ended.wait(QUIET):
+            return
+        with self._lock:
+            if not self._ended.is_set() and sys.stderr is not None and sys.stderr.isatty():
+                self._bar = _rich_bar()
+            if self._bar is not None:
+                self._bar.start()
+                self._bar.add_task("")
+        self._show(self._what, self._percentage)
+        while self._lines and self._bar is None and not self._ended.wait(_LINE_EVERY):
+            so_far = "" if self._percentage < 0 else f": {self._percentage:.0f}%"
+            render.note(f"storaged: {render.clean(self._what)}{so_far}")
+
+    def _show(self, what: str, percentage: float) -> None:
+        with self._lock:
+            self._what, self._percentage = what, percentage
+            if self._bar is not None:
+                self._bar.update(
+                    self._bar.task_ids[0], description=render.clean(what),
+                    total=None if percentage < 0 else 100.0, completed=max(0.0, percentage),
+                )
+
+
+def _rich_bar() -> Any:
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    except ImportError:
+        return None
+    return Progress(
+        TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
+        console=Console(stderr=True, highlight=False), transient=True,
+    )
+
 
 
 def wait_for_reply(

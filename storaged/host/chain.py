@@ -67,8 +67,13 @@ class ImageFile:
         yield from self.extents
 
 
-def inspect_chain(path: str, format: Format, allowed: Sequence[str]) -> tuple[ImageFile, ...]:
+def inspect_chain(
+    path: str, format: Format, allowed: Sequence[str], *, alone: bool = False, device: bool = True
+) -> tuple[ImageFile, ...]:
     """Return the image at ``path`` and its backing files in order, or raise a StoragedError.
+
+    ``alone``: the image without its backing files, of which none is looked at. ``device``: it is to become a device, so
+    its size must be one that a device can have.
 
     ``path`` is absolute. Every other file that comes in must be one of ``allowed`` or lie in one of them
     (each an absolute path of a file or directory), after all symbolic links are resolved. The extents of a
@@ -88,10 +93,10 @@ def inspect_chain(path: str, format: Format, allowed: Sequence[str]) -> tuple[Im
     chain: list[ImageFile] = []
     while True:
         image, header = walk.image(path, format, reference)
-        if reference is None:
+        if reference is None and device:
             _check_size(path, image)
         chain.append(image)
-        if header.backing is None:
+        if header.backing is None or alone:
             return tuple(chain)
         reference = _Reference(path, format, header.backing)
         if len(chain) >= MAX_CHAIN:

@@ -49,13 +49,32 @@ class Opening:
     source: dict[str, Any] | None = None
     """A node that must be there before ``node``, which stands on it: the bytes behind a server, of which nobody has
     looked at the header of the image."""
+    size: int | None = None
+    """Bytes of a raw disk of this host; of others QSD tells when it has opened them."""
     remote: bool = False
     """Behind a server: its size is all that tells whether it changed, and is known once it is open."""
+    safe_when_acknowledged: bool = False
+    """What a dead QSD had acknowledged needs no flush by its successor."""
 
     @property
     def secrets(self) -> tuple[Secret, ...]:
         """All that QSD must be given."""
         return self.requirements.secrets
+
+
+@dataclass(frozen=True)
+class Manner:
+    """What an image is opened for."""
+
+    device: bool = True
+    """To become a device. Else by a program that works on images, of which some know more of a source than QSD."""
+    alone: bool = False
+    """Without its backing files: they are neither looked at nor opened."""
+    commits: bool = False
+    """What is written goes to the image's backing file, too."""
+
+
+AS_A_DEVICE = Manner()
 
 
 def cache_flags(spec: VolumeSpec) -> Mapping[str, bool]:
@@ -69,7 +88,7 @@ def behaviour(spec: VolumeSpec) -> Mapping[str, str]:
     return {key: spec.options[key] for key in wishes if spec.options.get(key, wishes[key]) != wishes[key]}
 
 
-def inspect(spec: VolumeSpec) -> Opening:
+def inspect(spec: VolumeSpec, manner: Manner = AS_A_DEVICE) -> Opening:
     """Look at the source and everything its headers name; refuse what may not be opened.
 
     Raises what storaged.host.chain raises, SOURCE_IN_USE where a foreign loop device stands on the file, UNSUPPORTED
@@ -80,8 +99,8 @@ def inspect(spec: VolumeSpec) -> Opening:
     backend.check_options(spec.options)
     path = backend.parse(spec.source, spec.options)
     if isinstance(backend, NetworkBackend):
-        return _behind_a_server(backend, path, spec)
-    chain = inspect_chain(path, spec.format, spec.allowed_backing)
+        return _behind_a_server(backend, path, spec, manner)
+    chain = inspect_chain(path, spec.format, spec.allowed_backing, alone=manner.alone, device=manner.device)
     if backend.name == "host_device" and not chain[0].block_device:
         raise StoragedError(
             ErrorCode.INVALID_SOURCE, f"{path} is no block device", hint="leave the prefix host_device: out"
@@ -95,19 +114,19 @@ def inspect(spec: VolumeSpec) -> Opening:
                     ErrorCode.INVALID_SOURCE, f"the path {file.path!a} is no UTF-8",
                     hint="QMP can carry nothing else: rename it",
                 ) from error
-    writable = spec.writes_source
+    written = (2 if manner.commits else 1) if spec.writes_source else 0
     images = [
         Image(
             format=image.format,
-            protocol=_protocol(image, spec, read_only=not (writable and number == 0)),
-            data_file=_protocol(image.data_file, spec, read_only=not (writable and number == 0))
+            protocol=_protocol(image, spec, read_only=number >= written),
+            data_file=_protocol(image.data_file, spec, read_only=number >= written)
             if image.data_file is not None else None,
             encrypted=number == 0 and "encrypt" in spec.options,
         )
         for number, image in enumerate(chain)
     ]
     node = _tree(images, spec)
-    files = [(file, writable and number == 0) for number, image in enumerate(chain) for file in image.files()]
+    files = [(file, number < written) for number, image in enumerate(chain) for file in image.files()]
     sources: dict[str, bool] = {}
     for file, exclusive in files:
         for identity, exclusively in identities(file, exclusive=exclusive).items():
@@ -120,7 +139,8 @@ def inspect(spec: VolumeSpec) -> Opening:
         fingerprint=[_fingerprint(file) for file, _ in files] if spec.snapshot else [],
         claims=tuple(file.path for file, exclusive in files if file.block_device and exclusive),
         unclaimed=tuple(file.path for file, exclusive in files if file.block_device and not exclusive),
-        requirements=Requirements(secrets=_passphrase(spec)),
+        size=chain[0].virtual_size if spec.format is Format.RAW else None,
+        requirements=requirements_of_image(spec),
     )
 
 
@@ -132,20 +152,21 @@ def _tree(images: list[Image], spec: VolumeSpec) -> dict[str, Any]:
     )
 
 
-def _passphrase(spec: VolumeSpec) -> tuple[Secret, ...]:
-    return (Secret(PASSPHRASE, "key-file", exact=True),) if "key-file" in spec.options else ()
+def requirements_of_image(spec: VolumeSpec) -> Requirements:
+    """What QSD must be given for the format, whatever the source needs."""
+    return Requirements(secrets=(Secret(PASSPHRASE, "key-file", exact=True),)) if "key-file" in spec.options \
+        else NO_REQUIREMENTS
 
 
-def _behind_a_server(backend: NetworkBackend, location: str, spec: VolumeSpec) -> Opening:
+def _behind_a_server(backend: NetworkBackend, location: str, spec: VolumeSpec, manner: Manner) -> Opening:
     """What QSD opens of a source on the network: the bytes as they are, or an image in them that stands alone."""
     if backend.read_only and spec.writes_source:
         raise StoragedError(
             ErrorCode.INVALID_ARGUMENT, f"a source behind {backend.name} can only be read",
             hint="attach it with --read-only, or with --snapshot: what is written is then kept here until the detach",
         )
-    protocol: dict[str, Any] | str = backend.node(
-        location, read_only=not spec.writes_source, options=spec.options
-    )
+    node_of = backend.node if manner.device else backend.image_node
+    protocol: dict[str, Any] | str = node_of(location, read_only=not spec.writes_source, options=spec.options)
     source = None
     if spec.format is not Format.RAW:
         # Its header may name files of this host, and nobody has looked at it.
@@ -156,7 +177,8 @@ def _behind_a_server(backend: NetworkBackend, location: str, spec: VolumeSpec) -
         node=_tree([Image(spec.format, protocol, encrypted="encrypt" in spec.options)], spec),
         sources={backend.identity(location, os.path.realpath): spec.writes_source},
         files=frozenset(), fingerprint=[], claims=(), unclaimed=(), source=source, remote=True,
-        requirements=replace(needed, secrets=(*needed.secrets, *_passphrase(spec))),
+        safe_when_acknowledged=backend.safe_when_acknowledged,
+        requirements=replace(needed, secrets=(*needed.secrets, *requirements_of_image(spec).secrets)),
     )
 
 

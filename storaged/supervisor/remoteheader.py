@@ -32,6 +32,11 @@ async def check(held: Holding, session: Session, format: Format, timeout: float)
         session, blockdev.SOURCE, _EXPORT, directory=held.directory, server=server, timeout=timeout
     ) as path:
         header = await held.source_calls("look at the image's header", timeout, work, path)
+    refuse_references(header)
+
+
+def refuse_references(header: ImageHeader) -> None:
+    """Raise BACKING_NOT_ALLOWED where an image behind a server names another file."""
     for reference in (*([header.backing] if header.backing is not None else []), *header.others):
         raise StoragedError(
             ErrorCode.BACKING_NOT_ALLOWED,

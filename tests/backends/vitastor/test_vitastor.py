@@ -13,8 +13,21 @@ import pytest
 from storaged.backends.vitastor import filename
 from storaged.errors import ErrorCode
 from tests.backends.servers import Load
-from tests.backends.vitastor.cluster import ETCD, OSDS, QEMU_IMG, Cluster, environment
-from tests.harness import Daemon, as_json, error_of, eventually, leftovers, mounted, reads, refuses, run, writes
+from tests.backends.vitastor.cluster import ETCD, OSDS, QEMU_IMG, QSD, Cluster, environment
+from tests.harness import (
+    Daemon,
+    as_json,
+    error_of,
+    eventually,
+    image_command,
+    leftovers,
+    mounted,
+    reads,
+    refuses,
+    run,
+    with_config,
+    writes,
+)
 
 MIB = 1 << 20
 PATTERN = bytes(range(256)) * 256
@@ -110,6 +123,32 @@ def test_a_layer_without_its_parents_is_for_qemu_img(cluster: Cluster, daemon: D
     content = copy.read_bytes()
     assert content[:len(PATTERN)] == bytes(len(PATTERN))
     assert content[MIB:MIB + len(PATTERN)] == PATTERN
+
+
+def test_storaged_image_fills_an_image_and_exports_one_layer(cluster: Cluster, daemon: Daemon, place: Path) -> None:
+    (place / "bin").mkdir()
+    for name, program in (("qemu-storage-daemon", QSD), ("qemu-img", QEMU_IMG)):
+        (place / "bin" / name).symlink_to(environment(program))
+    with_config(daemon, f'[qsd.binaries]\nvitastor = "{place}/bin/qemu-storage-daemon"\n')
+    image = cluster.image()
+    source, local = cluster.source(image), place / "debian.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", local, "64M")
+    run("qemu-io", "-f", "qcow2", "-c", "write -q -P 5 0 1M", local)
+    image_command(daemon, "convert", local, source)
+    image_command(daemon, "compare", local, source)
+    cluster.cli("snap-create", f"{image}@0")
+    writes(fuse(daemon, "a", source), MIB, PATTERN)
+    assert image_command(daemon, "convert", source, place / "x", check=False).stderr.count("[source-in-use]") == 1
+    daemon.detach("a")
+    base, layer = place / "testimg_0.qcow2", place / "testimg.qcow2"
+    image_command(daemon, "convert", cluster.source(f"{image}@0"), base)
+    image_command(
+        daemon, "convert", cluster.source(image, ":skip_parents=1"), "-B", base, "-o", "cluster_size=4k", layer
+    )
+    image_command(daemon, "compare", "-o", f"backing=allow:{base}", layer, source)
+    image_command(daemon, "rebase", "-u", "-b", "", layer)
+    mapped = as_json(image_command(daemon, "map", "--json", layer).stdout)
+    assert [(part["start"], part["length"]) for part in mapped if part["data"]] == [(MIB, len(PATTERN))]
 
 
 # What is refused
