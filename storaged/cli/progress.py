@@ -76,7 +76,7 @@ class Bar:
                 self._bar = _rich_bar()
             if self._bar is not None:
                 self._bar.start()
-                self._bar.add_task("")
+                self._bar.add_task(render.clean(self._what), total=None)
         self._show(self._what, self._percentage)
         while self._lines and self._bar is None and not self._ended.wait(_LINE_EVERY):
             so_far = "" if self._percentage < 0 else f": {self._percentage:.0f}%"
