@@ -2,7 +2,7 @@
 # PYTEST_ARGS is handed to pytest: make test PYTEST_ARGS='-k vduse -x'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup servers demo test test-host test-vm test-vm-bookworm test-faults vm-shell lint unit bench-attach bench-vm bench-recovery dkms clean
+.PHONY: help setup servers demo test test-host test-vm test-vm-contract test-vm-system test-vm-bookworm test-faults vm-shell lint unit bench-attach bench-vm bench-recovery dkms deb clean
 # setup comes first in each list of prerequisites: never run them side by side.
 .NOTPARALLEL:
 
@@ -10,10 +10,15 @@ VENV := .venv/bin
 PYTEST_ARGS ?=
 # The Debian of the test machine: bookworm, trixie or sid. What of the tests runs in it. See docs/testing.md.
 MACHINE ?= trixie
-VM_TESTS ?= tests/vm tests/contract/test_transport.py tests/contract/test_transport_removal.py \
+VM_CONTRACT := tests/contract/test_transport.py tests/contract/test_transport_removal.py \
 	tests/contract/test_transport_accidents.py tests/contract/test_transport_trouble.py \
 	tests/contract/test_transport_flush.py
+VM_SYSTEM := tests/vm
+VM_TESTS ?= $(VM_SYSTEM) $(VM_CONTRACT)
 export MACHINE
+# The tests start thousands of programs: each would compile storaged anew.
+unexport PYTHONDONTWRITEBYTECODE
+SUITES ?= bookworm trixie
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +47,16 @@ test-host: servers lint ## lint and the tests that run on this machine (root)
 test-vm: setup ## the tests that need the test machine, in it (root)
 	@scripts/vm test $(VM_TESTS) $(PYTEST_ARGS)
 	@scripts/power-cut --machine $(MACHINE)
+	@scripts/reboot-test --machine $(MACHINE)
+
+# The same in two machines, for CI: one waits more than half of the time, so that two side by side take little longer
+# than the longer of them. Each leaves its logs in a directory of its own.
+test-vm-system: setup
+	@scripts/vm --logs last-system test $(VM_SYSTEM) $(PYTEST_ARGS)
+	@scripts/power-cut --machine $(MACHINE) --logs last-power
+
+test-vm-contract: setup
+	@scripts/vm --logs last-contract test $(VM_CONTRACT) $(PYTEST_ARGS)
 
 # Each fault with each transport, use and queue depth; CI runs a part of them within test-vm. A machine for each
 # transport: what one of them does to its kernel is not the other's. The table is written whatever has failed.
@@ -58,7 +73,7 @@ test-faults: setup ## all faults under load, in test machines; writes docs/fault
 
 # Debian 12's kernel has no VDUSE: it comes from kernel-config/dkms there. QEMU is 7.2.
 test-vm-bookworm: setup ## VDUSE on Debian 12, in a test machine of its own (root)
-	@scripts/vm --machine bookworm test tests/vm/test_dkms.py tests/contract/test_transport.py \
+	@scripts/vm --machine bookworm --logs last-bookworm test tests/vm/test_dkms.py tests/contract/test_transport.py \
 		tests/contract/test_transport_removal.py -k 'vduse or dkms' $(PYTEST_ARGS)
 
 vm-shell: setup ## a shell in the test machine; with CMD='…': that command (root)
@@ -81,6 +96,11 @@ bench-recovery: setup ## how long I/O waits when QSD dies or is rescued, in the 
 
 dkms: ## make the Debian package that gives Debian 12's kernel VDUSE (kernel-config/dkms)
 	@scripts/dkms-deb
+
+deb: setup ## make the Debian packages for SUITES="bookworm trixie", and try them in a fresh root (root)
+	@scripts/deb $(SUITES)
+	@for suite in $(SUITES); do scripts/try-deb $$suite >.cache/deb/$$suite/try.log || \
+		{ cat .cache/deb/$$suite/try.log; exit 1; }; done
 
 clean: ## remove everything that was made here: .venv, caches, Debian roots
 	rm -rf --one-file-system .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

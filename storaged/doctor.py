@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 
@@ -40,7 +41,7 @@ def examine_kernel(what: str, transport: str | None = None) -> tuple[list[Findin
 
 def gather(layout: Layout, command: str = "storaged") -> Facts:
     """Return the facts of this host."""
-    binary, config_problem = _configured_qsd(layout.config_file)
+    binary, config_problem = _configured_qsd(layout)
     qsd_path, qsd_output, qsd = probe.qsd(binary)
     nbd, nbd_is_libnbd = probe.libnbd()
     free_loops, loops = probe.loop_devices()
@@ -70,6 +71,7 @@ def gather(layout: Layout, command: str = "storaged") -> Facts:
         daemon_problem=daemon_problem,
         daemon_hint=daemon_hint,
         own_version=storaged.__version__,
+        rbd=shutil.which("rbd") is not None,
     )
 
 
@@ -98,22 +100,15 @@ def _kernel_config(what: str) -> tuple[str, KernelConfig]:
     return found
 
 
-def _configured_qsd(config_file: str) -> tuple[str, str]:
+def _configured_qsd(layout: Layout) -> tuple[str, str]:
     """Return the QSD that the configuration names, and what is wrong with the configuration."""
     default = "qemu-storage-daemon"
     try:
-        with open(config_file, "rb") as file:
-            text = file.read()
-    except FileNotFoundError:
-        return default, ""
-    except OSError as error:
-        return default, error.strerror or str(error)
-    try:
-        from storaged.model.config import parse_config
+        from storaged.host.configfiles import load_config
     except ImportError:  # msgspec is missing, which is a finding of its own
         return default, ""
     try:
-        return parse_config(text, config_file).qsd.binary, ""
+        return load_config(layout, None).qsd.binary, ""
     except StoragedError as error:
         return default, error.cause or error.message
 

@@ -57,7 +57,8 @@ class Volume:
     """A volume as wished for and as observed. Sizes in bytes, times in seconds since the epoch.
 
     A volume for a virtual machine has a socket in place of a device. deaths is how often its QSD has died, paused for
-    how many seconds I/O waited at the last recovery. history has the newest last; only Show tells it.
+    how many seconds I/O waited at the last recovery. history has the newest last; only Show tells it. file is
+    what wishes for the volume at each boot, if there is one.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Volume:
     socket: str | None
     link: str | None
     size: int | None
+    source_size: int | None
     logical_block_size: int | None
     qsd_pid: int | None
     qsd_version: str | None
@@ -84,6 +86,7 @@ class Volume:
     deaths: int
     paused: float | None
     history: list[HistoryEntry] | None
+    file: str | None
 
 
 @dataclasses.dataclass
@@ -94,6 +97,14 @@ class QemuArguments:
     drive: list[str]
     vhost_user: list[str] | None
     notes: list[str]
+
+
+@dataclasses.dataclass
+class Reloaded:
+    """Keys of the configuration that got another value: in force now, and those that need a restart of the daemon."""
+
+    applied: list[str]
+    needs_restart: list[str]
 
 
 @dataclasses.dataclass
@@ -185,8 +196,10 @@ class StoragedInterface(VarlinkInterface):
         raise NotImplementedError
 
     @varlinkmethod(return_parameter="volume")
-    async def Resize(self, *, name: str, size: int, timeout: float | None = None) -> Volume:
-        """Grow a volume and its device to size bytes."""
+    async def Resize(
+        self, *, name: str, size: int | None = None, timeout: float | None = None
+    ) -> Volume:
+        """Grow a volume and its device to size bytes; without a size, to what its source has by now."""
         raise NotImplementedError
 
     @varlinkmethod(return_parameter="notes")
@@ -209,6 +222,16 @@ class StoragedInterface(VarlinkInterface):
         """Replace the QSD of a volume by the binary that is installed now, while the device is in use."""
         raise NotImplementedError
 
+    @varlinkmethod(return_parameter="volume")
+    async def Persist(self, *, name: str, on: bool) -> Volume:
+        """Attach a volume again after each boot, or do not."""
+        raise NotImplementedError
+
+    @varlinkmethod(return_parameter="notes")
+    async def Park(self, *, timeout: float | None = None) -> list[str]:
+        """The host goes down: flush and end what nobody uses, and keep the wishes; notes say what goes on, and why."""
+        raise NotImplementedError
+
     @varlinkmethod(return_parameter="volumes")
     async def List(self) -> list[Volume]:
         """All volumes, sorted by name, without their history."""
@@ -222,6 +245,11 @@ class StoragedInterface(VarlinkInterface):
     @varlinkmethod(return_parameter="arguments")
     async def QemuArguments(self, *, name: str) -> QemuArguments:
         """How a virtual machine uses a volume: the source directly (blockdev, or drive), or through the socket."""
+        raise NotImplementedError
+
+    @varlinkmethod(return_parameter="reloaded")
+    async def Reload(self) -> Reloaded:
+        """Read the configuration again, as at SIGHUP. Where a file is wrong nothing is changed."""
         raise NotImplementedError
 
     @varlinkmethod(return_parameter="event", delay_generator=False)

@@ -30,6 +30,7 @@ from storaged.model.formats import Format
 from storaged.model.history import Happening
 from storaged.model.spec import VolumeSpec
 from storaged.supervisor.manager import Manager
+from storaged.supervisor.reloading import reload
 from storaged.supervisor.volume import Volume
 
 log = logging.getLogger("storaged.api")
@@ -130,8 +131,10 @@ class Service(interface.StoragedInterface):
 
     @varlinkmethod(return_parameter="volume")
     @_translated
-    async def Resize(self, *, name: str, size: int, timeout: float | None = None) -> interface.Volume:
-        """Grow a volume and its device to size bytes."""
+    async def Resize(
+        self, *, name: str, size: int | None = None, timeout: float | None = None
+    ) -> interface.Volume:
+        """Grow a volume and its device to size bytes; without a size, to what its source has by now."""
         return self._describe(await self._manager.resize(name, size, _deadline(timeout)))
 
     @varlinkmethod(return_parameter="notes")
@@ -157,6 +160,18 @@ class Service(interface.StoragedInterface):
         """Replace the QSD of a volume by the binary that is installed now, while the device is in use."""
         return self._describe(await self._manager.upgrade(name, _deadline(timeout)))
 
+    @varlinkmethod(return_parameter="volume")
+    @_translated
+    async def Persist(self, *, name: str, on: bool) -> interface.Volume:
+        """Attach a volume again after each boot, or do not."""
+        return self._describe(await self._manager.persist(name, on=on))
+
+    @varlinkmethod(return_parameter="notes")
+    @_translated
+    async def Park(self, *, timeout: float | None = None) -> list[str]:
+        """The host goes down: flush and end what nobody uses, and keep the wishes; notes say what goes on, and why."""
+        return await self._manager.park(_deadline(timeout))
+
     @varlinkmethod(return_parameter="volumes")
     @_translated
     async def List(self) -> list[interface.Volume]:
@@ -175,6 +190,13 @@ class Service(interface.StoragedInterface):
         """How a virtual machine uses a volume: the source directly (blockdev, or drive), or through the socket."""
         found = await self._manager.qemu_arguments(name)
         return interface.QemuArguments(found.blockdev, found.drive, found.vhost_user, found.notes)
+
+    @varlinkmethod(return_parameter="reloaded")
+    @_translated
+    async def Reload(self) -> interface.Reloaded:
+        """Read the configuration and the files of volumes again, as at SIGHUP. With a wrong file nothing is changed."""
+        changed = await reload(self._manager)
+        return interface.Reloaded(changed.applied, changed.needs_restart)
 
     @varlinkmethod(return_parameter="event", delay_generator=False)
     async def Watch(self, *, name: str | None = None) -> AsyncIterator[interface.Event]:
@@ -195,6 +217,7 @@ class Service(interface.StoragedInterface):
             socket=record.socket if record else None,
             link=layout.link(spec.name) if volume.seen.linked and record and record.device else None,
             size=(record.size or None) if record else None,
+            source_size=(record.source_size or None) if record else None,
             logical_block_size=spec.logical_block_size if record else None,
             qsd_pid=record.process.pid if record and record.process and volume.attachment.qsd.alive else None,
             qsd_version=(record.qsd_version or None) if record else None,
@@ -211,6 +234,7 @@ class Service(interface.StoragedInterface):
                 interface.HistoryEntry(entry.time, entry.kind, entry.message, entry.seconds, entry.times, entry.last)
                 for entry in history.entries
             ] if with_history else None,
+            file=self._manager.file_of(spec.name),
         )
 
 

@@ -29,6 +29,12 @@ def find_backend(source: str) -> Backend:
         raise sheepdog.refusal()
     if source.startswith("/"):
         return BACKENDS["file"]
+    small = scheme.lower()
+    if colon and (small in _BY_SCHEME or small in sheepdog.SCHEMES):
+        raise StoragedError(
+            ErrorCode.INVALID_SOURCE, f"nothing here knows the source {_without_rest(source)!r}",
+            cause="QEMU compares the names of its protocols letter by letter", hint=f"write {small}:",
+        )
     raise StoragedError(
         ErrorCode.INVALID_SOURCE,
         f"nothing here knows the source {_without_rest(source)!r}" if source else "the source is empty",

@@ -86,6 +86,22 @@ class Requirements:
 NO_REQUIREMENTS = Requirements()
 
 
+@dataclass(frozen=True)
+class Inquiry:
+    """A program that tells a disk behind a server from another one that gets its name."""
+
+    program: str
+    package: str
+    """The Debian package that has it."""
+    arguments: tuple[str, ...]
+    """None of them is a secret."""
+    understand: Callable[[bytes], str]
+    """Makes the answer of what it prints; raises ValueError, LookupError or TypeError where that is something else."""
+    secret_files: Mapping[str, str] = field(default_factory=dict)
+    """Option of a secret, and the argument before the path of its file."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
 @runtime_checkable
 class NetworkBackend(Backend, Protocol):
     """A backend whose data is behind a server: there is no file to look at, and the server may be away for a while.
@@ -117,6 +133,10 @@ class NetworkBackend(Backend, Protocol):
         """Whether QEMU's driver makes a new connection when it has lost its own. Else it needs another QSD."""
 
     @property
+    def safe_when_acknowledged(self) -> bool:
+        """Whether what the server has acknowledged needs no flush, as long as QEMU's driver does not cache it."""
+
+    @property
     def identity_is_whole(self) -> bool:
         """Whether sources of one scheme and one identity are one disk, reached in one way: only their spelling differs.
 
@@ -135,6 +155,9 @@ class NetworkBackend(Backend, Protocol):
     def requirements(self, location: str, options: Mapping[str, str]) -> Requirements:
         """Return what QSD must be given before the node."""
 
+    def inquiries(self, location: str, options: Mapping[str, str]) -> tuple[Inquiry, ...]:
+        """Return the programs that tell which disk has this name, better than its name and size do."""
+
     def identity(self, location: str, real_path: Callable[[str], str]) -> str:
         """Return what the source is locked by: the same text for every spelling that can be told to be one disk.
 
@@ -149,6 +172,7 @@ class NetworkDefaults(ABC):
     defaults: Mapping[str, str] = {}
     secret_options: tuple[str, ...] = ()
     read_only = False
+    safe_when_acknowledged = False
     identity_is_whole = False
     caches_writes = False
     caches_direct = False
@@ -169,3 +193,7 @@ class NetworkDefaults(ABC):
     def requirements(self, location: str, options: Mapping[str, str]) -> Requirements:
         """Nothing."""
         return NO_REQUIREMENTS
+
+    def inquiries(self, location: str, options: Mapping[str, str]) -> tuple[Inquiry, ...]:
+        """None is known."""
+        return ()

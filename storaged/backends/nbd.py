@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from storaged.backends import tls
 from storaged.backends.base import NO_REQUIREMENTS, NetworkDefaults, Node, Requirements
 from storaged.backends.cache import cache_flags
-from storaged.backends.uri import authority_of, bare_host, escaped, refuse, unescaped
+from storaged.backends.uri import authority_of, bare_host, escaped, refuse, same_host, unescaped
 from storaged.backends.values import check_numbers
 
 DEFAULT_PORT = 10809
@@ -109,7 +109,8 @@ class NbdBackend(NetworkDefaults):
 
         Not by the socket's inode: a server that is restarted makes another one, and is the same server.
         """
-        export = replace(_read(location), tls=False)
+        export = _read(location)
+        export = replace(export, tls=False, host=same_host(export.host))
         if export.socket:
             export = replace(export, socket=real_path(export.socket))
         return str(export)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
 from storaged.backends.base import NetworkDefaults, Node
 from storaged.backends.cache import cache_flags
-from storaged.backends.uri import bare_host, escaped, host_of, refuse, unescaped
+from storaged.backends.uri import bare_host, escaped, host_of, refuse, same_host, unescaped
 from storaged.errors import ErrorCode, StoragedError
 
 #: MNTPATHLEN in RFC 1813: of a path that a server is asked to mount, in bytes.
@@ -127,7 +127,8 @@ class NfsBackend(NetworkDefaults):
 
     def identity(self, location: str, real_path: Callable[[str], str]) -> str:
         """Server and path; who asks, and how, does not matter."""
-        return _read(location).place
+        file = _read(location)
+        return replace(file, host=same_host(file.host)).place
 
 
 def _refuse_option(message: str, hint: str) -> NoReturn:

@@ -9,12 +9,13 @@ configuration file. Ceph ignores there what it does not know, so only known opti
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
-from storaged.backends.base import NetworkDefaults, Node, Requirements, Secret
+from storaged.backends.base import Inquiry, NetworkDefaults, Node, Requirements, Secret
 from storaged.backends.cache import cache_flags
 from storaged.backends.uri import authority_of, bare_host, refuse
 from storaged.backends.values import check_choices, check_numbers
@@ -127,6 +128,8 @@ class RbdBackend(NetworkDefaults):
     secret_options = ("cephx-key-file", "rbd-key-file")
     #: librbd's cache is in QSD.
     caches_writes = True
+    #: All OSDs of the data have it in their journals then.
+    safe_when_acknowledged = True
 
     def parse(self, source: str, options: Mapping[str, str]) -> str:
         """Return the image with all that says how it is reached. Raises INVALID_SOURCE, INVALID_ARGUMENT."""
@@ -201,6 +204,29 @@ class RbdBackend(NetworkDefaults):
         ]
         arguments = " ".join(f"--{key}={value}" for key, value in sorted(settings.items()))
         return Requirements(secrets=tuple(secrets), environment={"CEPH_ARGS": arguments})
+
+    def inquiries(self, location: str, options: Mapping[str, str]) -> tuple[Inquiry, ...]:
+        """An image that was removed and made anew has other objects; a snapshot another number."""
+        image = _image_of(location)
+        said = {
+            "--conf": image.conf, "--id": image.user, "--mon-host": ",".join(image.monitors),
+            "--auth-client-required": ",".join(image.auth), "--pool": image.pool, "--namespace": image.namespace,
+            "--image": image.image,
+        }
+        words = tuple(word for key, value in said.items() if value for word in (key, value))
+
+        def asked(*command: str, understand: Callable[[bytes], str]) -> Inquiry:
+            return Inquiry(
+                "rbd", "ceph-common", (*command, "--format", "json", *words), understand,
+                secret_files={"cephx-key-file": "--keyfile"} if "cephx-key-file" in options else {},
+                environment=self.requirements(location, options).environment,
+            )
+
+        def number_of_snapshot(text: bytes) -> str:
+            return str({found["name"]: int(found["id"]) for found in json.loads(text)}[image.snapshot])
+
+        about = asked("info", understand=lambda text: str(json.loads(text)["block_name_prefix"]))
+        return (about, asked("snap", "ls", understand=number_of_snapshot)) if image.snapshot else (about,)
 
     def identity(self, location: str, real_path: Callable[[str], str]) -> str:
         """Pool, namespace, image and snapshot. Not the cluster: nothing says of two files or of two lists of monitors

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from storaged.backends.base import NO_REQUIREMENTS, NetworkDefaults, Node, Requirements
 from storaged.backends.cache import cache_flags
-from storaged.backends.uri import authority_of, bare_host, escaped, refuse, unescaped
+from storaged.backends.uri import authority_of, bare_host, escaped, refuse, same_host, unescaped
 from storaged.errors import ErrorCode, StoragedError
 
 DEFAULT_PORT = 22
@@ -105,7 +105,8 @@ class SshBackend(NetworkDefaults):
 
     def identity(self, location: str, real_path: Callable[[str], str]) -> str:
         """The file without its user: two users of one server mean the same file by the same path."""
-        return str(replace(_read(location), user=""))
+        file = _read(location)
+        return str(replace(file, user="", host=same_host(file.host)))
 
 
 def _read(source: str) -> _File:

@@ -79,6 +79,14 @@ def host_of(text: str, source: str) -> str:
     return text.lower()
 
 
+def same_host(host: str) -> str:
+    """Return what a host of ``host_of`` is compared by: the dot at the end of a name only ends the search for others.
+
+    (resolv.conf(5), search.) To connect, the name is used as it was written.
+    """
+    return host if host.startswith("[") else host.removesuffix(".")
+
+
 def bare_host(host: str) -> str:
     """Return a host of ``host_of`` as getaddrinfo(3) takes it: without brackets and escapes."""
     return host.removeprefix("[").removesuffix("]").replace("%25", "%", 1) if host.startswith("[") else host

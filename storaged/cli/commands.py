@@ -141,7 +141,7 @@ def _note_all(name: str, notes: list[Any]) -> None:
 
 
 def _resize(args: argparse.Namespace) -> int:
-    _request(args, "Resize", {"name": args.name, "size": parse_size(args.size)})
+    _request(args, "Resize", _said({"name": args.name, "size": args.size and parse_size(args.size)}))
     return 0
 
 
@@ -232,6 +232,29 @@ def _qemu_args(args: argparse.Namespace) -> int:
     return 0
 
 
+def _persist(args: argparse.Namespace) -> int:
+    with _client(args) as client:
+        client.call("Persist", {"name": args.name, "on": args.on == "on"}, timeout=2 * _QUICK)
+    return 0
+
+
+def _shutdown(args: argparse.Namespace) -> int:
+    from storaged.cli import shutdown
+
+    if args.stuck_after is None:
+        shutdown.park(lambda: _client(args), args.timeout or _QUICK)
+    else:
+        shutdown.end_stuck(lambda: _client(args), args.stuck_after)
+    return 0
+
+
+def _wait(args: argparse.Namespace) -> int:
+    from storaged.cli.waiting import unescaped, until_online
+
+    name = unescaped(args.name) if args.unit else args.name
+    return _write_device(args, until_online(lambda: _client(args), name, args.timeout or _QUICK))
+
+
 def _watch(args: argparse.Namespace) -> int:
     with _client(args) as client:
         for answer in client.stream("Watch", _said({"name": args.name})):
@@ -275,6 +298,8 @@ def judge_kernel(what: str, transport: str | None = None, *, as_json: bool = Fal
 
 
 def _daemon(args: argparse.Namespace) -> int:
+    if args.reload:
+        return _reload(args)
     from storaged.supervisor.daemon import run as run_daemon
 
     return run_daemon(layout_of(args), absolute(args.config) if args.config else None)
@@ -284,6 +309,42 @@ def _image(args: argparse.Namespace) -> int:
     from storaged.cli import image
 
     return image.run(args, layout_of(args))
+
+
+def _reload(args: argparse.Namespace) -> int:
+    with _client(args) as client:
+        changed = _field(client.call("Reload", timeout=_QUICK), "reloaded", dict)
+    applied, waiting = _field(changed, "applied", list), _field(changed, "needs_restart", list)
+    if applied or not waiting:
+        render.write(f"in force now: {render.clean(', '.join(applied))}" if applied else "nothing has changed")
+    if waiting:
+        render.note(
+            f"needs a restart of the daemon (volumes stay attached): {render.clean(', '.join(waiting))}"
+        )
+    return 0
+
+
+def _config(args: argparse.Namespace) -> int:
+    if args.action == "schema":
+        from storaged.model.config import schema
+
+        render.write_json(schema())
+        return 0
+    from dataclasses import asdict
+
+    from storaged.host.configfiles import check_config, config_files
+
+    layout, named = layout_of(args), absolute(args.config) if args.config else None
+    _config_as_used, problems = check_config(layout, named)
+    if args.json:
+        render.write_json([asdict(problem) for problem in problems])
+    elif problems:
+        for problem in problems:
+            render.write(render.clean(problem))
+    else:
+        files = config_files(layout, named)
+        render.write(render.clean(f"{', '.join(files) or 'no file (all defaults)'}: nothing is wrong"))
+    return 1 if problems else 0
 
 
 def _completion(args: argparse.Namespace) -> int:
@@ -315,15 +376,19 @@ def _said(wishes: dict[str, Any]) -> dict[str, Any]:
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "attach": _attach,
     "completion": _completion,
+    "config": _config,
     "daemon": _daemon,
     "detach": _detach,
     "doctor": _doctor,
     "image": _image,
     "list": _list,
+    "persist": _persist,
     "rescue": _rescue,
     "resize": _resize,
     "resume": _resume,
     "show": _show,
+    "shutdown": _shutdown,
     "upgrade": _upgrade,
+    "wait": _wait,
     "watch": _watch,
 }

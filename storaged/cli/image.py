@@ -231,13 +231,9 @@ def _interruptible() -> Iterator[None]:
 
 
 def _config(layout: Layout) -> Config:
-    from storaged.model.config import Config, parse_config
+    from storaged.host.configfiles import load_config
 
-    try:
-        with open(layout.config_file, "rb") as file:
-            return parse_config(file.read(), layout.config_file)
-    except FileNotFoundError:
-        return Config()
+    return load_config(layout, None)
 
 
 def _wishes(args: argparse.Namespace, second: str = "") -> list[Wish]:

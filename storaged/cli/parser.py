@@ -69,9 +69,33 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("name", metavar="NAME", nargs="?", help="only those of this volume")
     _json(command, "print one object per line")
 
+    command = _command(commands, "wait", "wait until a volume is online, and print the device (or socket)")
+    _name(command, "the volume")
+    command.add_argument(
+        "--unit", action="store_true", help="NAME is as in storaged@NAME.service, where systemd escapes dashes"
+    )
+    _timeout(command)
+    _json(command, "print the volume as an object, and a failure as one on stderr")
+
+    command = _command(commands, "persist", "attach a volume again after each reboot, or do not")
+    _name(command, "the volume")
+    command.add_argument("on", metavar="on|off", choices=("on", "off"), help="whether")
+
+    command = _command(
+        commands, "shutdown", "for systemd, as the host goes down: flush and end what nobody uses, and keep the wishes"
+    )
+    command.add_argument(
+        "--stuck-after", metavar="SECONDS", type=_seconds,
+        help="instead, until the daemon is gone: end the I/O of volumes that have hung for so long",
+    )
+    _timeout(command)
+
     command = _command(commands, "resize", "grow a volume and its device")
     _name(command, "the volume")
-    command.add_argument("size", metavar="SIZE", help="the new size: bytes, or a number with K, M, G, T or P")
+    command.add_argument(
+        "size", metavar="SIZE", nargs="?",
+        help="the new size: bytes, or a number with K, M, G, T or P (default: what its source has by now)",
+    )
 
     _trouble(commands)
     image.add_parser(_command(commands, "image", "create, convert, check and otherwise work on images, by qemu-img"))
@@ -90,7 +114,14 @@ def build_parser() -> argparse.ArgumentParser:
     _json(command, "print an array of findings (of transports with --kernel-config)")
 
     command = _command(commands, "daemon", "run the daemon in the foreground")
-    command.add_argument("--config", metavar="FILE", help="default: /etc/storaged/storaged.toml")
+    how = command.add_mutually_exclusive_group()
+    how.add_argument("--config", metavar="FILE", help="default: /etc/storaged/storaged.toml")
+    how.add_argument(
+        "--reload", action="store_true",
+        help="have the daemon that runs read its configuration again, as SIGHUP does, and say what is in force now and"
+        " what needs a restart",
+    )
+    _config(commands)
 
     command = _command(commands, "completion", "print the completion script of a shell")
     command.add_argument("shell", choices=SHELLS, help="the shell")
@@ -148,6 +179,17 @@ def _detach(commands: _Commands[argparse.ArgumentParser]) -> None:
         help="also while it is in use or hangs: whoever uses it gets I/O errors (rescue does so and keeps the volume)",
     )
     _timeout(command)
+
+
+def _config(commands: _Commands[argparse.ArgumentParser]) -> None:
+    command = _command(commands, "config", "check the daemon's configuration, or describe it")
+    actions = command.add_subparsers(dest="action", metavar="ACTION", required=True, title="actions")
+
+    action = _command(actions, "check", "check storaged.toml and its drop-ins, and say all that is wrong")
+    action.add_argument("config", metavar="FILE", nargs="?", help="default: /etc/storaged/storaged.toml")
+    _json(action, "print an array of problems")
+
+    _command(actions, "schema", "print the JSON schema of storaged.toml")
 
 
 def _trouble(commands: _Commands[argparse.ArgumentParser]) -> None:

@@ -153,10 +153,12 @@ def volume_details(volume: dict[str, Any], now: float | None = None, width: int 
         ("socket", volume.get("socket")),
         ("link", volume.get("link")),
         ("size", f"{format_size(size)} ({size} bytes)" if isinstance(size, int) else None),
+        ("grown to", _growth(volume)),
         ("block size", volume.get("logical_block_size")),
         ("source", volume.get("source")),
         ("format", volume.get("format")),
         ("mode", _mode(volume)),
+        ("kept", _kept(volume)),
         ("transport", transport),
         *((f"option {key}", value) for key, value in sorted(options.items())),
         ("overlay", volume.get("overlay")),
@@ -177,6 +179,26 @@ def volume_details(volume: dict[str, Any], now: float | None = None, width: int 
     lines = [f"{_pad(key + ':', margin)} {value}" for key, value in shown]
     lines += _history_table(volume.get("history") or [], terminal_width() if width is None else width)
     return "\n".join(lines)
+
+
+def _growth(volume: dict[str, Any]) -> str | None:
+    size = volume.get("source_size")
+    if not isinstance(size, int):
+        return None
+    takes = "" if volume.get("transport") == "nbd" or volume.get("read_only") else "; storaged resize takes them"
+    return f"{format_size(size)} ({size} bytes): the source{takes}"
+
+
+def _kept(volume: dict[str, Any]) -> str | None:
+    """How long a volume is wanted, and what changes that."""
+    name, file, persist = volume.get("name"), volume.get("file"), volume.get("persist")
+    if file:
+        return f"attached at each boot by {file}; a detach lasts until that goes, or until the next boot"
+    if not isinstance(persist, bool):
+        return None
+    if persist:
+        return f"until it is detached, over reboots, too (storaged persist {name} off changes that)"
+    return f"until it is detached, or the host reboots (storaged persist {name} on changes that)"
 
 
 def _condition_facts(condition: dict[str, Any], now: float) -> list[tuple[str, object]]:

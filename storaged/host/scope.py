@@ -23,6 +23,8 @@ from storaged.observe.journald import about
 #: image; its program and libraries are 9 MiB, which count where they were read first; the rest is reserve.
 MEMORY_MIN = 32 << 20
 SLICE = "storaged.slice"
+#: Ends, at a shutdown, what is not used any more: after the mounts and before the daemon.
+SHUTDOWN = "storaged-shutdown.service"
 SYSTEM_BUS = "/run/dbus/system_bus_socket"
 #: Path, name on the bus and interface.
 _BUS = ("/org/freedesktop/DBus", "org.freedesktop.DBus", "org.freedesktop.DBus")
@@ -59,17 +61,20 @@ def unit_name(name: str, pid: int) -> str:
     return f"storaged-qsd-{name}-{pid}.scope"
 
 
-async def protect(pid: int, name: str, *, memory_min: int = MEMORY_MIN) -> None:
+async def protect(pid: int, name: str, device: str | None = None, *, memory_min: int = MEMORY_MIN) -> None:
     """Protect a volume's QSD from the OOM killer, and move it into its scope where there is systemd.
 
-    Meant for the background: it may take long, and never raises for what goes wrong (which is logged, once each).
-    Nothing is changed for a process that has it all already, so an adopted one can be protected again.
+    ``device`` is what it serves (/dev/nbd0). Meant for the background: it may take long, and never raises for what goes
+    wrong (which is logged, once each). Nothing is changed for a process that has it all already, so an adopted one can
+    be protected again.
     """
     protection.spare(pid)
     try:
         await _calls("keep qemu-storage-daemon's program in memory", _PATIENCE, protection.keep_program, pid)
         if available():
-            await _calls("move qemu-storage-daemon into its scope", _PATIENCE + 5, enclose, pid, name, memory_min)
+            await _calls(
+                "move qemu-storage-daemon into its scope", _PATIENCE + 5, enclose, pid, name, device, memory_min
+            )
     except (StoragedError, OSError, ImportError) as error:
         _complain(name, error)
 
@@ -84,7 +89,7 @@ def _complain(name: str, error: Exception) -> None:
         )
 
 
-def enclose(pid: int, name: str, memory_min: int = MEMORY_MIN) -> None:
+def enclose(pid: int, name: str, device: str | None = None, memory_min: int = MEMORY_MIN) -> None:
     """Move a process into its scope, unless it is there or gone. Blocks. Raises OSError (as TimeoutError), ImportError.
     """
     # Not at the top, because without systemd nobody needs it. But read even if there is nothing to do, for an adopted
@@ -94,28 +99,17 @@ def enclose(pid: int, name: str, memory_min: int = MEMORY_MIN) -> None:
     unit = unit_name(name, pid)
     if _gone_or_in(unit, pid):
         return
-    properties = [
-        ("Description", ("s", f"qemu-storage-daemon of the storaged volume {name}")),
-        ("Slice", ("s", SLICE)),
-        ("PIDs", ("au", [pid])),
-        # At the shutdown it has to outlive the filesystems on its disk. So has the slice, whose unit file says so.
-        ("DefaultDependencies", ("b", False)),
-        ("CollectMode", ("s", "inactive-or-failed")),
-        ("MemorySwapMax", ("t", 0)),
-        ("MemoryMin", ("t", memory_min)),
-        # systemd-oomd does not look at oom_score_adj.
-        ("ManagedOOMPreference", ("s", "omit")),
-    ]
     with SystemBus(_PATIENCE) as bus:
         try:
             bus.call(_BUS, "AddMatch", "s", _JOBS.format(unit=unit))
             bus.call(_SYSTEMD, "Subscribe")
-            (job,) = bus.call(
-                _SYSTEMD, "StartTransientUnit", f"ss{_PROPERTIES}a(s{_PROPERTIES})", unit, "fail", properties, []
-            )
-            result = bus.result_of(job)
-            if result != "done":
-                raise OSError(f"systemd's job to move it has ended with {result!r}")
+            properties = _properties_of(pid, name, device, memory_min)
+            try:
+                _start(bus, unit, [*properties, ("SurviveFinalKillSignal", ("b", True))])
+            except OSError as error:
+                if "unknown property" not in str(error):
+                    raise
+                _start(bus, unit, properties)  # systemd < 255: there is only the "@" (qsd/process.py)
         except OSError:
             if cgroup_of(pid):
                 raise
@@ -123,6 +117,87 @@ def enclose(pid: int, name: str, memory_min: int = MEMORY_MIN) -> None:
         if not _gone_or_in(unit, pid):
             raise OSError(f"systemd has not moved it, see systemctl status {unit}")
         _set_minimum(bus, cgroup_of(pid), memory_min)
+        if device is not None:
+            _order(bus, unit, name, device)
+
+
+def _properties_of(pid: int, name: str, device: str | None, memory_min: int) -> list[tuple[str, tuple[str, Any]]]:
+    targets = _targets(name, device)
+    return [
+        ("Description", ("s", f"qemu-storage-daemon of the storaged volume {name}")),
+        ("Slice", ("s", SLICE)),
+        ("PIDs", ("au", [pid])),
+        # At the shutdown it has to outlive the filesystems on its disk. So has the slice, whose unit file says so.
+        ("DefaultDependencies", ("b", False)),
+        # systemd.special(7): who uses the device is stopped before these are.
+        ("Wants", ("as", targets)),
+        ("Before", ("as", targets)),
+        ("CollectMode", ("s", "inactive-or-failed")),
+        ("CPUAccounting", ("b", True)),
+        ("IOAccounting", ("b", True)),
+        ("MemoryAccounting", ("b", True)),
+        ("MemorySwapMax", ("t", 0)),
+        ("MemoryMin", ("t", memory_min)),
+        # systemd-oomd does not look at oom_score_adj.
+        ("ManagedOOMPreference", ("s", "omit")),
+    ]
+
+
+def _start(bus: SystemBus, unit: str, properties: list[tuple[str, tuple[str, Any]]]) -> None:
+    """Start a transient unit, and see it started. Raises OSError."""
+    (job,) = bus.call(
+        _SYSTEMD, "StartTransientUnit", f"ss{_PROPERTIES}a(s{_PROPERTIES})", unit, "fail", properties, []
+    )
+    result = bus.result_of(job)
+    if result != "done":
+        raise OSError(f"systemd's job to start it has ended with {result!r}")
+
+
+def _targets(name: str, device: str | None) -> list[str]:
+    """The targets that mounts of a device are ordered after, by each of its names."""
+    return [f"blockdev@{escape_path(path)}.target" for path in (device, f"/dev/storaged/{name}") if path is not None]
+
+
+def order_unit(name: str, pid: int) -> str:
+    """The slice, with nothing in it, by which the mounts of a volume come before storaged and the network at shutdown.
+
+    No dash: it would be below another one.
+    """
+    return f"storagedvolume_{name.replace('-', _escaped('-'))}_{pid}.slice"
+
+
+def _order(bus: SystemBus, scope: str, name: str, device: str) -> None:
+    """Have the daemon and the network wait, at a shutdown, for whatever mount of the device there is.
+
+    The scope is never stopped, so nothing can be ordered by it. A slice is the one transient unit that is stopped and
+    needs no process. It goes with the scope.
+    """
+    pid = int(scope.rpartition(".")[0].rpartition("-")[2])
+    unit = order_unit(name, pid)
+    bus.call(_BUS, "AddMatch", "s", _JOBS.format(unit=unit))
+    _start(bus, unit, [
+        ("Description", ("s", f"Mounts of the storaged volume {name} end before storaged and the network")),
+        ("BindsTo", ("as", [scope])),
+        ("Before", ("as", _targets(name, device))),
+        ("After", ("as", [scope, "storaged.service", SHUTDOWN, "network.target", "network-online.target"])),
+        ("CollectMode", ("s", "inactive-or-failed")),
+    ])
+
+
+def escape_path(path: str) -> str:
+    """A path as the name of a unit has it (systemd-escape --path)."""
+    text = path.strip("/")
+    escaped = [
+        "-" if char == "/" else char if char.isascii() and (char.isalnum() or char in ":_.") else _escaped(char)
+        for char in text
+    ]
+    if text.startswith("."):
+        escaped[0] = _escaped(".")
+    return "".join(escaped)
+
+
+def _escaped(char: str) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in char.encode())
 
 
 class SystemBus:

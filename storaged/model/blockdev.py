@@ -11,6 +11,10 @@ from storaged.model.formats import COPY_ON_WRITE, Format
 Node = dict[str, Any]
 #: The node that is exported, whatever lies below it.
 DISK = "disk"
+#: The source in its full size, where the disk has the size that it had before it grew.
+FULL = "full"
+#: The source once more, opened for a look at its size.
+LOOK = "look"
 #: The source below the overlay of a snapshot, and the overlay's file.
 BASE = "base"
 OVERLAY_FILE = "overlay-file"
@@ -83,6 +87,19 @@ def overlay_tree(cache: Mapping[str, bool], behaviour: Mapping[str, str]) -> Nod
         "file": OVERLAY_FILE,
         "backing": BASE,
         **behaviour,
+    }
+
+
+def clipped_node(size: int, *, read_only: bool, cache: Mapping[str, bool]) -> Node:
+    """The first ``size`` bytes of the source (FULL) as the disk: BlockdevOptionsRaw in QEMU's qapi/block-core.json."""
+    return {**unclipped_node(read_only=read_only, cache=cache), "size": size}
+
+
+def unclipped_node(*, read_only: bool, cache: Mapping[str, bool]) -> Node:
+    """The same disk with all that the source has: an argument of blockdev-reopen, which sets what is not said back."""
+    return {
+        "driver": "raw", "node-name": DISK, "read-only": read_only, "discard": "unmap", "cache": dict(cache),
+        "file": FULL,
     }
 
 

@@ -1,18 +1,35 @@
-"""The daemon's configuration file, storaged.toml."""
+"""The daemon's configuration, storaged.toml: every key with its type, its limits and what it means.
+
+storaged.toml(5), the JSON schema, ``storaged config check`` and the reload are made from this file.
+"""
 
 from __future__ import annotations
 
-import msgspec
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from storaged.errors import ErrorCode, StoragedError
+import msgspec
+from msgspec import Meta
+
+#: The key of Meta.extra that says from when on a changed value counts. Without it the daemon has to be restarted.
+AT_ONCE = "at_once"
+ABSOLUTE = "^/"
+_REQUESTS = {AT_ONCE: "for the requests that come after it"}
+_STARTS = {AT_ONCE: "for every qemu-storage-daemon that is started after it"}
+#: Of a value None, the limits stand with the type inside: msgspec takes them only there.
+AbsolutePath = Annotated[str, Meta(pattern=ABSOLUTE)]
 
 
 class QsdConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """[qsd]: which program serves the volumes."""
+    """Which program serves the volumes."""
 
-    binary: str = "qemu-storage-daemon"
-    binaries: dict[str, str] = {}
-    """Backend → program, where it is another one."""
+    binary: Annotated[str, Meta(
+        min_length=1, extra=_STARTS, description="the qemu-storage-daemon to use: a name in PATH, or a path",
+    )] = "qemu-storage-daemon"
+    binaries: Annotated[dict[str, str], Meta(
+        extra=_STARTS,
+        description='another one for the sources of some backends: a table of backend and program, as'
+        ' { vitastor = "/opt/vitastor/bin/qemu-storage-daemon" }',
+    )] = {}
 
     def binary_for(self, backend: str) -> str:
         """The program that serves a backend's volumes."""
@@ -23,33 +40,99 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """storaged.toml. Times in seconds."""
 
     qsd: QsdConfig = QsdConfig()
-    attach_timeout: float = 30.0
-    detach_timeout: float = 30.0
-    snapshot_dir: str | None = None
-    socket_group: str | None = None
-    log_level: str = "info"
+    attach_timeout: Annotated[float, Meta(
+        gt=0, le=86400, extra=_REQUESTS,
+        description="seconds that an attach, a resize, a resume or an upgrade may take",
+    )] = 30.0
+    detach_timeout: Annotated[float, Meta(
+        gt=0, le=86400, extra=_REQUESTS, description="seconds that a detach or a rescue may take",
+    )] = 30.0
+    snapshot_dir: Annotated[AbsolutePath | None, Meta(
+        extra={AT_ONCE: "for the snapshots that are attached after it"},
+        description="the directory of the overlays of --snapshot, an absolute path;"
+        " where nothing is said it is below the state directory",
+    )] = None
+    socket_group: Annotated[Annotated[str, Meta(min_length=1)] | None, Meta(
+        description="the group whose members may use the daemon, which makes them as good as root;"
+        " where nothing is said, the daemon's own group",
+    )] = None
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], Meta(
+        extra={AT_ONCE: "for what is logged after it"},
+        description="how much the daemon logs: debug, info, warning or error",
+    )] = "info"
 
 
-def parse_config(text: bytes, path: str) -> Config:
-    """Parse storaged.toml. Raises INVALID_ARGUMENT that says where it is wrong."""
-    try:
-        config = msgspec.toml.decode(text, type=Config)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise StoragedError(
-            ErrorCode.INVALID_ARGUMENT,
-            f"the configuration {path} cannot be read",
-            cause=str(error),
-            hint="correct the file; storaged.toml's keys are listed in README.md",
-        ) from error
-    for key in ("attach_timeout", "detach_timeout"):
-        if not 0 < getattr(config, key) <= 86400:
-            raise StoragedError(
-                ErrorCode.INVALID_ARGUMENT, f"{path}: {key} must be above 0 and at most 86400 seconds"
-            )
-    if config.snapshot_dir is not None and not config.snapshot_dir.startswith("/"):
-        raise StoragedError(ErrorCode.INVALID_ARGUMENT, f"{path}: snapshot_dir must be an absolute path")
-    if config.log_level not in ("debug", "info", "warning", "error"):
-        raise StoragedError(
-            ErrorCode.INVALID_ARGUMENT, f"{path}: log_level must be debug, info, warning or error"
-        )
-    return config
+class Key:
+    """A key of the file, by its name with that of its table (``qsd.binary``)."""
+
+    def __init__(self, table: tuple[str, ...], name: str, annotation: Any, default: object) -> None:
+        self.table = table
+        self.name = name
+        self.type = annotation
+        self.default = default
+        metas = [meta for meta in getattr(annotation, "__metadata__", ()) if isinstance(meta, Meta)]
+        self.description = next((meta.description for meta in metas if meta.description), "")
+        self.at_once = next((str(meta.extra[AT_ONCE]) for meta in metas if meta.extra and AT_ONCE in meta.extra), "")
+
+    @property
+    def choices(self) -> str:
+        """What it may be, where that is a list."""
+        inner = get_args(self.type)[0] if get_origin(self.type) is Annotated else self.type
+        return ", ".join(get_args(inner)) if get_origin(inner) is Literal else ""
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        """The tables, outermost first, and the name."""
+        return (*self.table, self.name)
+
+    def __str__(self) -> str:
+        return ".".join(self.path)
+
+    def value_in(self, config: Config) -> object:
+        """What a configuration has for it."""
+        value: object = config
+        for name in self.path:
+            value = getattr(value, name)
+        return value
+
+
+def keys(struct: type[msgspec.Struct] = Config, table: tuple[str, ...] = ()) -> list[Key]:
+    """All keys, those of the tables after the others."""
+    hints = get_type_hints(struct, include_extras=True)
+    plain, nested = [], []
+    for field in msgspec.structs.fields(struct):
+        annotation = hints[field.name]
+        if is_table(annotation):
+            nested += keys(annotation, (*table, field.name))
+        else:
+            default = field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
+            plain.append(Key(table, field.name, annotation, default))
+    return plain + nested
+
+
+def is_table(annotation: Any) -> bool:
+    """Whether a field with that type is a table of the file."""
+    return isinstance(annotation, type) and issubclass(annotation, msgspec.Struct)
+
+
+def tables() -> dict[tuple[str, ...], type[msgspec.Struct]]:
+    """All tables by their names; () is the file itself."""
+    found: dict[tuple[str, ...], type[msgspec.Struct]] = {}
+
+    def visit(struct: type[msgspec.Struct], path: tuple[str, ...]) -> None:
+        found[path] = struct
+        for name, annotation in get_type_hints(struct, include_extras=True).items():
+            if is_table(annotation):
+                visit(annotation, (*path, name))
+
+    visit(Config, ())
+    return found
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON schema (draft 2020-12) of the file, as editors and configuration management check it."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "storaged.toml",
+        **msgspec.json.schema(Config),
+    }

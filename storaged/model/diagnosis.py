@@ -101,6 +101,8 @@ class Facts:
     daemon_problem: str = ""
     daemon_hint: str = ""
     own_version: str = ""
+    rbd: bool = True
+    """Ceph's program of that name is there."""
 
 
 def diagnose(facts: Facts) -> list[Finding]:
@@ -190,6 +192,12 @@ def _qsd(facts: Facts) -> Iterator[Finding]:
         )
         return
     yield Finding("qsd", Status.OK, f"{facts.qsd} at {facts.qsd_path}")
+    if not facts.rbd:
+        yield Finding(
+            "rbd", Status.INFO,
+            "Ceph's program rbd is not installed: another rbd image of the same name and size would not be noticed",
+            "apt install ceph-common, where rbd images are attached",
+        )
     if loop_direct_io_is_safe(facts.qsd):
         yield Finding("qsd direct I/O", Status.OK, "loop devices use direct I/O")
     else:

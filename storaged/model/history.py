@@ -38,6 +38,8 @@ class Happening(StrEnum):
     """Writes that had been acknowledged, and not flushed, are gone."""
     FAILURE = "failure"
     """A try to repair it failed."""
+    GROWN = "grown"
+    """The source has more bytes by now than the device."""
     ADOPTED = "adopted"
     """A daemon that started took it over."""
 

@@ -63,6 +63,16 @@ class Layout:
         return f"{self.run_dir}/desired"
 
     @property
+    def volume_files(self) -> str:
+        """The wishes of the administrator, as files."""
+        return f"{self.config_dir}/volumes"
+
+    @property
+    def detached_marks(self) -> str:
+        """Which volumes of such files were detached since the boot."""
+        return f"{self.run_dir}/detached"
+
+    @property
     def snapshots_dir(self) -> str:
         """The overlays of --snapshot, where nothing else was said."""
         return f"{self.state_dir}/snapshots"

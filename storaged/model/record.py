@@ -35,6 +35,10 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """What was chosen for the transport: queues, sizes, timeouts. A successor must have the same."""
     size: int = 0
     """Bytes of the disk once it was opened, 0 before."""
+    fingerprint: str = ""
+    """What tells the disk behind a server from others of its name; empty where nothing does."""
+    source_size: int = 0
+    """Bytes of the source where it has grown since, and the disk is kept at its size; 0 where that is all of it."""
     device: str | None = None
     """The block device, for example /dev/loop3, once there is one."""
     diskseq: int = 0

@@ -29,6 +29,7 @@ MESSAGE_IDS: Mapping[str, str] = {
     "upgrade": "b984d8dcef5647c0ba299e44c7522674",
     "lost": "578d03d467b241638f451a8a32400ae7",
     "failure": "f2edc714dc764d848f42c9877a8a1b34",
+    "grown": "0636fb1cdf8a461e98740d979f007555",
     "adopted": "7a71cb1fc2ac419cb4d51e7e91b499bf",
     "qsd": "b09ad8987e894421a88c3cb4d7ec56b8",
 }

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from storaged.errors import ErrorCode, StoragedError
-from storaged.host import protection
+from storaged.host import protection, scope
 from storaged.qsd.stderr import WAITS
 
 #: What of its own environment the daemon hands on; TMPDIR is the volume's own.
@@ -69,7 +69,10 @@ def spawn(
         try:
             child = subprocess.Popen(
                 [
-                    binary,
+                    # By the "@" systemd's last act before the host goes down leaves it alone, whose disk may still be
+                    # mounted (ROOT_STORAGE_DAEMONS in systemd's docs): its scope says so, too, where systemd knows
+                    # SurviveFinalKillSignal=, and where there is a scope.
+                    f"@{binary}" if scope.available() else binary,
                     # wait=on: QSD accepts the client that is in the backlog already before it makes its
                     # monitor. With wait=off, its main thread and its monitor thread now and then read the
                     # same connection at once, and a byte of a command is lost (docs/architecture.md).
@@ -80,7 +83,7 @@ def spawn(
                 ],
                 # Its working directory: sockets are named without the directory, whose path may be too long for them.
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=directory, env=environment,
-                pass_fds=[listener.fileno(), *keep], start_new_session=True,
+                executable=binary, pass_fds=[listener.fileno(), *keep], start_new_session=True,
             )
         except OSError as error:
             raise StoragedError(
@@ -96,11 +99,24 @@ def spawn(
     return child.pid, os.pidfd_open(child.pid)
 
 
+#: What a library wrote that ends QSD by itself, and what to do about it.
+_LAST_WORDS = (
+    (
+        "Error reading configuration from etcd",
+        "Vitastor's client ends where no etcd answers: start it, check -o etcd-host and etcd_address in the file of "
+        "-o config-path",
+    ),
+    ("etcd_address is missing", "say where Vitastor's etcd is: -o etcd-host=HOST:PORT, or -o config-path=FILE"),
+)
+
+
 def died(directory: str, how: str) -> StoragedError:
     """The failure of a QSD that ended by itself, with the last it wrote."""
+    words = log_tail(directory)
+    hint = f"see {os.path.join(directory, 'qsd.log')} while the volume is there, and the journal"
     return StoragedError(
-        ErrorCode.QSD_DIED, "qemu-storage-daemon ended", cause="; ".join(filter(None, [how, log_tail(directory)])),
-        hint=f"see {os.path.join(directory, 'qsd.log')} while the volume is there, and the journal",
+        ErrorCode.QSD_DIED, "qemu-storage-daemon ended", cause="; ".join(filter(None, [how, words])),
+        hint=next((advice for said, advice in _LAST_WORDS if said in words), hint),
     )
 
 

@@ -22,6 +22,8 @@ class Actor(ABC):
         self._serving: Request | None = None
         self._next_look = 0.0
         self._deadline = 0.0
+        self.due = time.monotonic()
+        """When it does something next at the latest (monotonic): all that it does has a deadline."""
         self._running = False
         self._over = False
         self._leaving = False
@@ -135,6 +137,7 @@ class Actor(ABC):
         """Wait for a request, a death (None in the inbox), or the time to look."""
         request = None
         while True:
+            self.due = max(self._next_look, time.monotonic())
             try:
                 async with asyncio.timeout(max(0.0, self._next_look - time.monotonic())):
                     request = await self._inbox.get()
@@ -156,6 +159,7 @@ class Actor(ABC):
             raise
         finally:
             finished, self._current = self._current, None
+            self.due = time.monotonic()
         error = error_of(finished)
         if error is not None:
             error.at(volume=self.name)
@@ -170,7 +174,7 @@ class Actor(ABC):
 
     async def bounded(self, request: Request) -> None:
         """Run a request within its time. Raises TIMEOUT."""
-        self._deadline = time.monotonic() + request.timeout
+        self._deadline = self.due = time.monotonic() + request.timeout
         try:
             async with asyncio.timeout(request.timeout) as deadline:
                 await request.run()

@@ -238,16 +238,15 @@ class Attachment(Holding):
                 await self.wait_for_writing()
                 await self.blocking("remove the volume's directory", timeout, leaving.remove, self)
 
-    async def resize(self, size: int, timeout: float) -> None:
-        """Grow the disk to ``size`` bytes, then its device. Raises INVALID_SIZE, UNSUPPORTED, ..."""
-        session = await self.qsd.session()
-        present = (await session.node_names())[blockdev.DISK]
-        growing.check(self.known(), self.transport, present, size)
-        if size > present:
-            await session.execute("block_resize", {"node-name": blockdev.DISK, "size": size}, timeout=timeout)
-            await self.note(size=size)
+    async def resize(self, size: int | None, timeout: float) -> int:
+        """Grow the disk to ``size`` bytes, or to all that the source has, then its device; return its size.
+
+        Raises what ``growing.grow`` raises.
+        """
+        size = await growing.grow(self, size, timeout)
         if self.transport.grows:
             await self.transport.resized(self.site, self.known(), size, timeout)
+        return size
 
     async def leave(self) -> None:
         """The volume is gone, or the daemon ends: let go of everything without touching it."""

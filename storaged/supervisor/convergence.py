@@ -7,6 +7,8 @@ import random
 import time
 from dataclasses import replace
 
+import msgspec
+
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host.process import boot_id
 from storaged.model.health import Condition
@@ -16,6 +18,7 @@ from storaged.model.recovery import STABLE_AFTER, backoff
 from storaged.model.spec import Desired
 from storaged.model.states import State, state_of
 from storaged.observe.journald import about
+from storaged.supervisor import growing
 from storaged.supervisor.actor import Actor
 from storaged.supervisor.attachment import Attachment
 from storaged.supervisor.environment import Environment
@@ -59,6 +62,8 @@ class Convergence(Actor):
         self._setbacks = 0
         self._not_before = 0.0
         self._ask_after = 0.0
+        self._told_size = 0
+        self._parking = self._parked = False
 
     @property
     def condition(self) -> Condition | None:
@@ -76,6 +81,44 @@ class Convergence(Actor):
         self._setbacks += 1
         self._not_before = time.monotonic() + backoff(self._setbacks)
 
+    async def persist(self, on: bool, timeout: float) -> None:
+        """Keep what is wished over reboots, or forget it with the next. Raises NO_SPACE, VOLUME_BUSY."""
+        await self.ask(lambda: self._persist(on), timeout, about_the_volume=False)
+
+    async def park(self, timeout: float) -> None:
+        """The host goes down: flush and end what nobody uses, and keep the wish. The actor ends then.
+
+        Raises DEVICE_IN_USE and whatever else a detach fails with; nothing is changed then.
+        """
+        await self.ask(self._park, timeout, gone_is_fine=True, about_the_volume=False)
+
+    async def _persist(self, on: bool) -> None:
+        if self.goal is Goal.ABSENT or self._fresh:
+            raise StoragedError(
+                ErrorCode.VOLUME_BUSY, "it is being attached or detached", volume=self.name, step="persist",
+                hint="try again when that is done",
+            )
+        if self.spec.persist is on:
+            return
+        former = self._environment.store_of(not on)
+        self.spec = self.attachment.spec = msgspec.structs.replace(self.spec, persist=on)
+        await self._store(self.goal)
+        if self.attachment.record is not None:
+            await self.attachment.note(spec=self.spec)
+        # Where both have it, the one over reboots counts: a daemon that dies here has made it so, or has done nothing.
+        await self.attachment.blocking("forget the former wish", 30.0, former.delete, self.name)
+
+    async def _park(self) -> None:
+        before, self.goal = self.goal, Goal.ABSENT
+        self._parking = True
+        try:
+            await self._converge()
+        except BaseException:
+            self.goal, self._parking = before, False
+            self._settle()
+            raise
+        self._parked = True
+
     async def _converge(self, *, force: bool = False, notes: list[str] | None = None) -> None:
         """Observe, plan, do one step, observe, until nothing is left to do. Raises what a step fails with."""
         repeats, last, started = 0, None, False
@@ -86,6 +129,9 @@ class Convergence(Actor):
         while True:
             self.seen = await self.attachment.observe()
             step = plan(self.goal, self.seen, force=force)
+            if self._parking and step is Step.REMOVE:
+                # What is kept over reboots may be in it: the changes of a snapshot.
+                return
             repeats = repeats + 1 if step is last else 1
             last = step
             self._settle(working=step is not None)
@@ -113,6 +159,8 @@ class Convergence(Actor):
                 await self.attachment.perform(step, timeout=left, force=force or gone)
             except StoragedError as error:
                 raise error.at(volume=self.name, step=step) from error
+            if step is Step.OPEN:
+                self._tell_growth()
             self._environment.fault(f"after {step}")
             if step is Step.STOP:
                 self._health.begin_anew()
@@ -121,6 +169,8 @@ class Convergence(Actor):
                 if notes is not None:
                     notes.append(note)
             self._step = None
+        if self._parking and self.state is State.ABSENT:
+            return
         if self.goal is Goal.ABSENT and self.state is State.ABSENT:
             store = self._environment.store_of(self.spec.persist)
             self._environment.fault("before forget")
@@ -142,14 +192,28 @@ class Convergence(Actor):
                 raise
             self._refused = error
         self._adopted = True
-        self.spec = self.attachment.spec
+        # What is stored is newer than the record where a daemon died within persist.
+        self.spec = msgspec.structs.replace(self.attachment.spec, persist=self.spec.persist)
+        self.attachment.spec = self.spec
         # The record of a device, or a socket, means that it has been usable: what is missing now is replaced.
         record = self.attachment.record
         self._was_online = record is not None and (record.device or record.socket) is not None
+        self._told_size = record.source_size if record is not None else 0
         if self._was_online:
             self._journal.add(Happening.ADOPTED, "taken over from an earlier daemon")
         if self._refused is not None and self.goal is not Goal.ABSENT:
             raise self._refused
+
+    def _tell_growth(self) -> None:
+        """Say once that the source has more than the device."""
+        record = self.attachment.record
+        size = record.source_size if record is not None else 0
+        if size and size != self._told_size:
+            how = growing.how_to_take(record, self.attachment.transport) if record is not None else ""
+            message = f"the source has {size} bytes by now; {how}"
+            self._journal.add(Happening.GROWN, message)
+            self._emit("note", message)
+        self._told_size = size
 
     async def _store(self, goal: Goal) -> None:
         """Store what is wished for. Raises NO_SPACE, HOST_STUCK."""

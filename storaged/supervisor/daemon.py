@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import faulthandler
 import fcntl
 import grp
 import logging
 import os
 import resource
 import signal
+import socket
 from dataclasses import replace
 
 import uvloop
@@ -17,9 +19,11 @@ import uvloop
 from storaged.api.server import Server
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import locks
+from storaged.host.configfiles import load_config
 from storaged.host.protection import protect_daemon
+from storaged.host.servicemanager import ServiceManager
 from storaged.host.unixsock import bind_unix
-from storaged.model.config import Config, parse_config
+from storaged.model.config import Config
 from storaged.model.layout import LOCK_DIR, Layout
 from storaged.observe import journald
 from storaged.store.local import LocalStore
@@ -27,6 +31,8 @@ from storaged.supervisor.environment import Environment
 from storaged.supervisor.events import EventHub
 from storaged.supervisor.faults import fault_from_environment
 from storaged.supervisor.manager import Manager
+from storaged.supervisor.reloading import reload
+from storaged.supervisor.watchdog import watch
 
 log = logging.getLogger("storaged")
 
@@ -35,6 +41,9 @@ def run(layout: Layout, config_file: str | None) -> int:
     """Run the daemon until SIGTERM or SIGINT and return its exit status. Volumes stay attached."""
     # Whatever the umask of who starts it: modes are said where directories and sockets are made.
     os.umask(0o022)
+    # The watchdog ends a daemon that stands still by SIGABRT: where it stood is in the journal then.
+    faulthandler.enable()
+    service = ServiceManager()
     config = load_config(layout, config_file)
     group = _group(config)
     journald.set_up(config.log_level.upper())
@@ -50,56 +59,71 @@ def run(layout: Layout, config_file: str | None) -> int:
     _raise_descriptor_limit()
     lock = _lock_out_others(layout)
     try:
-        uvloop.run(_serve(layout, config, group))
+        uvloop.run(_serve(layout, config, config_file, group, service))
     finally:
         os.close(lock)
     return 0
 
 
-def load_config(layout: Layout, config_file: str | None) -> Config:
-    """Read the configuration; the default file may be missing, one that was named may not."""
-    path = config_file or layout.config_file
-    try:
-        with open(path, "rb") as file:
-            return parse_config(file.read(), path)
-    except FileNotFoundError as error:
-        if config_file is None:
-            return Config()
-        raise StoragedError(
-            ErrorCode.INVALID_ARGUMENT, f"there is no configuration file {path}", hint="check --config"
-        ) from error
-    except OSError as error:
-        raise StoragedError(
-            ErrorCode.INVALID_ARGUMENT, f"cannot read {path}", cause=error.strerror or ""
-        ) from error
-
-
-async def _serve(layout: Layout, config: Config, group: int) -> None:
+async def _serve(
+    layout: Layout, config: Config, config_file: str | None, group: int, service: ServiceManager
+) -> None:
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    hang_up = asyncio.Event()
+    for number, event in ((signal.SIGTERM, stop), (signal.SIGINT, stop), (signal.SIGHUP, hang_up)):
+        asyncio.get_running_loop().add_signal_handler(number, event.set)
     environment = Environment(
         layout=layout, config=config, persistent=LocalStore(layout.desired_persistent),
         volatile=LocalStore(layout.desired_volatile), events=EventHub(), lock_directory=LOCK_DIR,
-        fault=fault_from_environment(),
+        fault=fault_from_environment(), config_file=config_file,
     )
+    listener, ours = _listen(layout, service)
+    os.chown(layout.socket, -1, group)
     async with asyncio.TaskGroup() as tasks:
         manager = Manager(environment, tasks)
-        listener = bind_unix(layout.socket, mode=0o660)
-        os.chown(layout.socket, -1, group)
         server = Server(manager, listener, group)
         await manager.start()
         server.start()
         log.info(
             "ready, %d volumes, socket %s", len(manager.volumes()), layout.socket, extra=journald.about(event="ready")
         )
+        service.tell("READY=1")
+        watchdog = tasks.create_task(watch(manager, service), name="watchdog")
+        reloads = tasks.create_task(_reload_when(hang_up, manager, service), name="reload")
         await stop.wait()
         log.info("ending; volumes stay attached", extra=journald.about(event="ending"))
+        service.tell("STOPPING=1", "STATUS=ending; volumes stay attached")
+        watchdog.cancel()
+        reloads.cancel()
         await server.close()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(layout.socket)
+        if ours:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(layout.socket)
         for task in manager.actors():
             task.cancel()
+
+
+async def _reload_when(asked: asyncio.Event, manager: Manager, service: ServiceManager) -> None:
+    """SIGHUP: what is wrong with the files is in the log, and the daemon goes on with what it has."""
+    while True:
+        await asked.wait()
+        asked.clear()
+        service.tell_reloading()
+        with contextlib.suppress(StoragedError):
+            await reload(manager)
+        service.tell("READY=1")
+
+
+def _listen(layout: Layout, service: ServiceManager) -> tuple[socket.socket, bool]:
+    """The API's socket, and whether it was made here: one that the service manager has made outlives us."""
+    try:
+        listener = service.take_listener(layout.socket)
+    except ValueError as error:
+        raise StoragedError(
+            ErrorCode.INVALID_ARGUMENT, "the service manager's socket cannot be used", cause=str(error),
+            hint="correct ListenStream= in storaged.socket",
+        ) from error
+    return (bind_unix(layout.socket, mode=0o660), True) if listener is None else (listener, False)
 
 
 def _group(config: Config) -> int:

@@ -125,7 +125,7 @@ class Holding:
             return
         self.stop_protecting()  # one that is under way is about a QSD that is gone
         self._protected = process
-        self._protecting = asyncio.create_task(scope.protect(process.pid, self.spec.name))
+        self._protecting = asyncio.create_task(scope.protect(process.pid, self.spec.name, self.known().device))
 
     def stop_protecting(self) -> None:
         """The actor ends."""

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 
 import msgspec
 
@@ -20,9 +21,10 @@ from storaged.model.names import check_name
 from storaged.model.plan import RESCUES, Goal
 from storaged.model.qemu_args import QemuArguments
 from storaged.model.record import Record
-from storaged.model.spec import Desired, VolumeSpec, caches_writes, check_spec, without_defaults
+from storaged.model.spec import Desired, VolumeSpec, caches_writes, check_spec, difference, without_defaults
 from storaged.observe.journald import about
 from storaged.store.base import Damaged
+from storaged.store.files import Found
 from storaged.supervisor import fetching, overlay
 from storaged.supervisor.environment import Environment
 from storaged.supervisor.secrets import NO_SECRETS, check_secrets, secrets_apart
@@ -41,6 +43,7 @@ class Manager:
         self._volumes: dict[str, Volume] = {}
         self._actors: dict[str, asyncio.Task[None]] = {}
         self._blocking = BlockingCalls("storaged")
+        self._files = Found()
 
     async def start(self) -> None:
         """Find what is wished and what is left of earlier daemons, and let an actor adopt each.
@@ -50,6 +53,22 @@ class Manager:
         for desired in await self._blocking("read the stored volumes", 60, self._collect):
             self._begin(Volume(desired, self.environment), adopt=True)
 
+    async def reload(self) -> None:
+        """Read the files of volumes again, and attach what is new. What is attached stays as it is."""
+        self._files = await self._blocking("read the files of volumes", 60, self._read_files)
+        for name, spec in self._files.volumes.items():
+            volume = self._volumes.get(name)
+            if volume is None and name not in self._files.detached:
+                desired = Desired(spec=spec)
+                await self._blocking("store what is wished", 30, self.environment.volatile.put, desired)
+                if name not in self._volumes:
+                    self._begin(Volume(desired, self.environment), adopt=True)
+            elif volume is not None and msgspec.structs.replace(volume.spec, persist=False) != spec:
+                log.warning(
+                    "volume %s: %s wishes for something else than what is attached (%s): detach it, and reload again",
+                    name, self.environment.files.path(name), difference(volume.spec, spec), extra=about(name),
+                )
+
     def volumes(self) -> list[Volume]:
         """All volumes, sorted by name."""
         return [self._volumes[name] for name in sorted(self._volumes)]
@@ -58,9 +77,27 @@ class Manager:
         """The tasks of all volumes."""
         return list(self._actors.values())
 
+    def is_abandoned(self, volume: Volume) -> bool:
+        """Whether the task of a volume has ended, though the volume has not."""
+        task = self._actors.get(volume.name)
+        return task is not None and task.done() and self._volumes.get(volume.name) is volume
+
+    def file_of(self, name: str) -> str | None:
+        """The file that wishes for a volume, None where there is none."""
+        known = name in self._files.volumes or name in self._files.bad
+        return self.environment.files.path(name) if known else None
+
     def get(self, name: str) -> Volume:
-        """Return a volume. Raises NO_SUCH_VOLUME."""
+        """Return a volume. Raises NO_SUCH_VOLUME, and of one whose file is of no use what is wrong with that."""
         volume = self._volumes.get(name)
+        if volume is None and name in self._files.bad:
+            raise self._files.bad[name]
+        if volume is None and name in self._files.detached:
+            raise StoragedError(
+                ErrorCode.NO_SUCH_VOLUME, f"there is no volume {name!r} now", volume=name,
+                cause=f"it was detached, and stays so until {self.file_of(name)} goes, or until the next boot",
+                hint=f"storaged persist {name} on attaches it again",
+            )
         if volume is None:
             raise StoragedError(
                 ErrorCode.NO_SUCH_VOLUME, f"there is no volume {name!r}", volume=name,
@@ -93,15 +130,71 @@ class Manager:
                 # It was on its way out, and is gone now: this is a new one.
                 await self._forgotten(volume)
             else:
+                if spec.name in self._files.detached:
+                    await self._mark(spec.name, detached=False)
                 return volume
 
     async def detach(self, name: str, *, force: bool, timeout: float | None) -> list[str]:
         """Take a volume away; return what is left behind by force."""
         volume = self.get(name)
-        notes = await volume.detach(force=force, timeout=timeout or self.environment.config.detach_timeout)
+        marked = self.file_of(name) is not None
+        if marked:
+            # Before anything is done: the next daemon must not attach it again.
+            await self._mark(name, detached=True)
+        try:
+            notes = await volume.detach(force=force, timeout=timeout or self.environment.config.detach_timeout)
+        except StoragedError:
+            if marked and volume.goal is not Goal.ABSENT:
+                await self._mark(name, detached=False)
+            raise
         if volume.ended:
             await self._forgotten(volume)
+        if marked:
+            notes.append(f"it stays detached until {self.file_of(name)} goes, or until the next boot")
         return notes
+
+    async def _mark(self, name: str, *, detached: bool) -> None:
+        """Remember whether a volume that has a file is wanted."""
+        files = self.environment.files
+        await self._blocking("remember the detach", 30, files.mark_detached if detached else files.unmark, name)
+        marks = self._files.detached
+        self._files = replace(self._files, detached=marks | {name} if detached else marks - {name})
+
+    async def persist(self, name: str, *, on: bool) -> Volume:
+        """Attach a volume again at each boot, or do not. One that has a file and was detached is attached now.
+
+        Raises INVALID_ARGUMENT where a secret of it was typed, and UNSUPPORTED for one that has a file and shall not come
+        back: storaged does not write there.
+        """
+        path = self.file_of(name)
+        if path is not None and not on:
+            raise StoragedError(
+                ErrorCode.UNSUPPORTED, "the volume has a file, and comes back with each boot", volume=name,
+                cause=f"there is {path}", hint="remove that file; storaged reads such files, and writes none",
+            )
+        if name not in self._volumes and name in self._files.detached:
+            await self._mark(name, detached=False)
+            return await self.attach(self._files.volumes[name], None)
+        volume = self.get(name)
+        if on and path is None:
+            # A secret that somebody typed is not kept over reboots.
+            check_secrets(msgspec.structs.replace(volume.spec, persist=True), NO_SECRETS)
+        if path is None:
+            await volume.persist(on, self.environment.config.attach_timeout)
+        return volume
+
+    async def park(self, timeout: float | None) -> list[str]:
+        """The host goes down: flush and end the volumes that nobody uses, all at once. Return what goes on, and why."""
+        patience = timeout or self.environment.config.detach_timeout
+        volumes = self.volumes()
+        outcomes = await asyncio.gather(*(volume.park(patience) for volume in volumes), return_exceptions=True)
+        failed = []
+        for volume, outcome in zip(volumes, outcomes, strict=True):
+            if isinstance(outcome, StoragedError):
+                failed.append(str(outcome.at(volume=volume.name)))
+            elif isinstance(outcome, BaseException):
+                raise outcome
+        return failed
 
     async def _forgotten(self, volume: Volume) -> None:
         """Wait until a volume that is gone has left the books: its actor has only that to do."""
@@ -109,8 +202,8 @@ class Manager:
         if actor is not None and self._volumes.get(volume.spec.name) is volume:
             await asyncio.wait({actor})
 
-    async def resize(self, name: str, size: int, timeout: float | None) -> Volume:
-        """Grow a volume to ``size`` bytes."""
+    async def resize(self, name: str, size: int | None, timeout: float | None) -> Volume:
+        """Grow a volume to ``size`` bytes, or to all that its source has by now."""
         volume = self.get(name)
         await volume.resize(size, timeout or self.environment.config.attach_timeout)
         return volume
@@ -184,9 +277,13 @@ class Manager:
         self._forget_former_boot()
         found: dict[str, Desired] = {}
         unknown: set[str] = set()
-        for store in (environment.persistent, environment.volatile):
+        for store in dict.fromkeys((environment.persistent, environment.volatile)):
             loaded = store.load()
             for name, desired in loaded.volumes.items():
+                if name in found:
+                    # A daemon died while it changed its mind about the next boot.
+                    store.delete(name)
+                    continue
                 found[name] = self._after_boot(desired)
                 if found[name] != desired:
                     store.put(found[name])
@@ -200,6 +297,14 @@ class Manager:
                         spec=record.spec, wanted="failing" if record.rescue else "attached", boot=boot_id()
                     )
                     environment.store_of(record.spec.persist).put(found[damaged.name])
+        self._files = self._read_files()
+        for name, spec in self._files.volumes.items():
+            if name not in found and name not in unknown and name not in self._files.detached:
+                found[name] = Desired(spec=spec)
+                try:
+                    environment.volatile.put(found[name])
+                except StoragedError as error:
+                    log.warning("volume %s: it is known by its file alone: %s", name, error, extra=about(name))
         os.makedirs(layout.volumes_dir, mode=0o700, exist_ok=True)
         left = {*overlay.all_names(layout.snapshots_dir), *fetching.all_names(layout)}
         for name in sorted({*os.listdir(layout.volumes_dir), *left}):
@@ -225,6 +330,29 @@ class Manager:
             )
             found[name] = Desired(spec=spec, wanted="absent")
         return [found[name] for name in sorted(found)]
+
+    def _read_files(self) -> Found:
+        """The files of volumes, each judged as an attach with its wishes would be."""
+        loaded = self.environment.files.load()
+        volumes, bad = {}, dict(loaded.bad)
+        for name, spec in loaded.volumes.items():
+            try:
+                if secrets_apart(spec, NO_SECRETS)[1]:
+                    raise StoragedError(
+                        ErrorCode.INVALID_ARGUMENT, "the source holds a secret",
+                        hint="leave it out; the option for it names a file, or credential:NAME",
+                    )
+                volumes[name] = self._checked(spec)
+                check_secrets(msgspec.structs.replace(volumes[name], persist=True), NO_SECRETS)
+            except StoragedError as error:
+                volumes.pop(name, None)
+                bad[name] = error.at(volume=name)
+        for name, wrong in bad.items():
+            log.error(
+                "%s [%s]; %s", wrong, wrong.code, wrong.hint, extra=about(name, "failure", code=wrong.code.value)
+            )
+            self.environment.events.publish(name, "failure", "absent", str(wrong))
+        return Found(volumes, bad, loaded.detached)
 
     def _after_boot(self, desired: Desired) -> Desired:
         """Of what was rescued before the host was rebooted nothing is left that could wait or fail."""
@@ -255,7 +383,7 @@ class Manager:
             with open(marker, encoding="ascii") as file:
                 if file.read() == now:
                     return
-            for directory in (layout.volumes_dir, layout.desired_volatile):
+            for directory in (layout.volumes_dir, layout.desired_volatile, layout.detached_marks):
                 shutil.rmtree(directory, ignore_errors=True)
             with os.scandir(layout.dev_dir) as entries:
                 for entry in entries:

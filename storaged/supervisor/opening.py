@@ -49,8 +49,12 @@ class Opening:
     source: dict[str, Any] | None = None
     """A node that must be there before ``node``, which stands on it: the bytes behind a server, of which nobody has
     looked at the header of the image."""
+    size: int | None = None
+    """Bytes of a raw disk of this host; of others QSD tells when it has opened them."""
     remote: bool = False
     """Behind a server: its size is all that tells whether it changed, and is known once it is open."""
+    safe_when_acknowledged: bool = False
+    """What a dead QSD had acknowledged needs no flush by its successor."""
 
     @property
     def secrets(self) -> tuple[Secret, ...]:
@@ -135,6 +139,7 @@ def inspect(spec: VolumeSpec, manner: Manner = AS_A_DEVICE) -> Opening:
         fingerprint=[_fingerprint(file) for file, _ in files] if spec.snapshot else [],
         claims=tuple(file.path for file, exclusive in files if file.block_device and exclusive),
         unclaimed=tuple(file.path for file, exclusive in files if file.block_device and not exclusive),
+        size=chain[0].virtual_size if spec.format is Format.RAW else None,
         requirements=requirements_of_image(spec),
     )
 
@@ -172,6 +177,7 @@ def _behind_a_server(backend: NetworkBackend, location: str, spec: VolumeSpec, m
         node=_tree([Image(spec.format, protocol, encrypted="encrypt" in spec.options)], spec),
         sources={backend.identity(location, os.path.realpath): spec.writes_source},
         files=frozenset(), fingerprint=[], claims=(), unclaimed=(), source=source, remote=True,
+        safe_when_acknowledged=backend.safe_when_acknowledged,
         requirements=replace(needed, secrets=(*needed.secrets, *requirements_of_image(spec).secrets)),
     )
 

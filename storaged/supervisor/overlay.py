@@ -124,13 +124,26 @@ def check(snapshots: str, name: str, fingerprint: list[list[int]]) -> Mark | Non
             ErrorCode.SOURCE_MISSING, f"the overlay {mark.path} was replaced", cause="it is another file by now",
             hint=hint,
         )
-    if mark.fingerprint != fingerprint:
+    if not _is_the_same(mark.fingerprint, fingerprint):
         raise StoragedError(
             ErrorCode.SOURCE_CHANGED, "the source of the snapshot has changed",
             cause="the overlay's changes belong to what it was before, and would be a mix with what it is now",
             hint="bring the old source back, or detach the volume, which gives the changes up",
         )
     return mark
+
+
+def _is_the_same(marked: list[list[int]], found: list[list[int]]) -> bool:
+    """Whether these are the images that the overlay belongs to.
+
+    Of what tells nothing but its size, more is no other content: the overlay ends where its base ended before.
+    """
+    if len(marked) != len(found):
+        return False
+    return all(
+        before == now or (not any((before[0], before[2], now[0], now[2])) and before[1] < now[1])
+        for before, now in zip(marked, found, strict=True)
+    )
 
 
 def create_new(path: str, limit: int) -> str:

@@ -12,7 +12,7 @@ from storaged.model.plan import Step
 from storaged.qsd.build import build_of
 from storaged.qsd.process import find_binary
 from storaged.qsd.version import parse_version
-from storaged.supervisor import fetching, leaving, opening
+from storaged.supervisor import fetching, fingerprint, leaving, opening
 from storaged.supervisor.attachment import Attachment
 
 
@@ -49,6 +49,17 @@ async def check_source(attachment: Attachment, timeout: float) -> None:
                 cause="it was replaced or moved, and qemu-storage-daemon may be the last that has it",
                 hint="bring the old one back; or detach the volume and attach it again",
             )
+        if wanted.size is not None and wanted.size < record.size and not spec.snapshot:
+            raise StoragedError(
+                ErrorCode.SOURCE_CHANGED, f"the disk has {wanted.size} bytes by now, it had {record.size}",
+                hint="bring the old size back; or detach the volume (--force) and attach it again",
+            )
+        if record.fingerprint:
+            try:
+                fingerprint.compare(record, fingerprint.ask(spec, attachment.directory, timeout / 2))
+            except StoragedError as error:
+                if error.code is not ErrorCode.UNSUPPORTED:
+                    raise
         if record.size:
             fetching.refuse_lost_copy(spec, attachment.environment.layout)
         for secret in wanted.secrets:

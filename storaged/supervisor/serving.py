@@ -8,6 +8,7 @@ import logging
 import os
 import threading
 import time
+from dataclasses import replace
 
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import disk, process
@@ -16,7 +17,7 @@ from storaged.model.sizes import format_size
 from storaged.model.states import State
 from storaged.observe.journald import about
 from storaged.qsd.session import Session
-from storaged.supervisor import launch, opening, remoteheader
+from storaged.supervisor import fingerprint, launch, opening, remoteheader
 from storaged.supervisor.holding import Holding, Told
 from storaged.supervisor.snapshot import open_snapshot
 
@@ -156,49 +157,111 @@ async def _open(held: Holding, wanted: opening.Opening, timeout: float) -> None:
         _add_and_look(held, session, wanted, timeout), session.node_names(timeout=timeout)
     )
     if not as_wanted:
-        raise StoragedError(
-            ErrorCode.SOURCE_CHANGED, "the source was replaced while it was opened",
-            hint="find out who replaces it, then attach again",
-        )
-    if wanted.source is not None and not sizes.keys() <= {blockdev.DISK, blockdev.BASE, blockdev.SOURCE}:
-        # Its header was another one when QEMU read it, and named a file of this host.
-        raise StoragedError(
-            ErrorCode.SOURCE_CHANGED, "the image was changed while it was opened, and needs another file",
-            hint="find out who changes it behind the server, then attach again",
-        )
+        raise _replaced()
+    _refuse_further_files(wanted, sizes)
     if spec.snapshot:
-        fingerprint = wanted.fingerprint
-        if wanted.remote:
-            fingerprint = [[0, sizes[blockdev.BASE], 0]]
+        below = [[0, sizes[blockdev.BASE], 0]] if wanted.remote else wanted.fingerprint
         await open_snapshot(
-            spec, fingerprint, str(held.known().overlay), session, held.environment, held.source_calls, timeout
+            spec, below, str(held.known().overlay), session, held.environment, held.source_calls, timeout
         )
         sizes = await session.node_names()
-    size = sizes[blockdev.DISK]
+    size, source_size, top = sizes[blockdev.DISK], 0, blockdev.DISK
+    device = held.known().device
+    # A daemon may have died between the growth of the device and the record of it.
+    had = disk.size(device) if device is not None else 0
+    kept = had or held.known().size
+    if 0 < kept < size and not spec.snapshot:
+        # Until somebody asks for more: who uses the device has laid out what it had.
+        source_size, size, top = await _open_in_full(held, session, wanted, kept, timeout), kept, blockdev.FULL
     if size == 0 or size % spec.logical_block_size:
         raise StoragedError(
             ErrorCode.INVALID_SIZE, f"the disk has {size} bytes",
             cause=f"that is no multiple of its logical block size {spec.logical_block_size}" if size else "",
             hint="resize the image (qemu-img resize), or say another -o logical-block-size",
         )
-    if size < held.known().size:
+    if size < kept:
         # Whatever the transport: what lay beyond the new end is gone, or another disk answers by that name.
         raise StoragedError(
-            ErrorCode.SOURCE_CHANGED, f"the disk has {size} bytes by now, it had {held.known().size}",
+            ErrorCode.SOURCE_CHANGED, f"the disk has {size} bytes by now, it had {kept}",
             hint="bring the old size back; or detach the volume (--force) and attach it again",
         )
-    device = held.known().device
-    had = disk.size(device) if device is not None else 0
     if had not in (0, size):
         raise StoragedError(
             ErrorCode.SOURCE_CHANGED, f"the disk has {size} bytes by now, its device {had}",
             hint="bring the old size back; or detach the volume (--force) and attach it again",
         )
-    if held.known().size and spec.writes_source and not spec.keeps_writes_in_memory:
+    owes = spec.writes_source and not spec.keeps_writes_in_memory and not wanted.safe_when_acknowledged
+    if held.known().size and owes:
         # Before the record says that it is open: who adopts it then would not do this any more.
-        await _owe_a_flush(held, session, size, timeout)
+        await _owe_a_flush(held, session, top, source_size or size, timeout)
+    if source_size:
+        await session.add_node(
+            blockdev.clipped_node(size, read_only=not spec.writes_source, cache=opening.cache_flags(spec)),
+            timeout=timeout,
+        )
+    which = await _tell_disk(held, wanted, timeout)
     # Once it is exported it may acknowledge writes: that it does waits for this to be on the disk.
-    held.note_meanwhile(size=size, settled=False)
+    held.note_meanwhile(size=size, source_size=source_size, fingerprint=which, settled=False)
+
+
+async def _tell_disk(held: Holding, wanted: opening.Opening, timeout: float) -> str:
+    """Return what tells this disk from others of its name, once QSD has it open, so that it is that one.
+
+    Raises SOURCE_CHANGED where it is another one than before; OPEN_FAILED where nobody tells, and somebody did before.
+    """
+    record = held.known()
+    if not wanted.remote:
+        return ""
+    patience = min(timeout / 2, fingerprint.PATIENCE)
+    try:
+        found = await held.source_calls(
+            "ask which disk this is", patience + 1, fingerprint.ask, held.spec, held.directory, patience
+        )
+    except StoragedError as error:
+        if record.fingerprint and error.code is not ErrorCode.UNSUPPORTED:
+            raise
+        held.notes.append(f"{error}; {error.hint}")
+        log.warning("volume %s: %s", held.spec.name, held.notes[-1], extra=about(held.spec.name))
+        return record.fingerprint
+    fingerprint.compare(record, found)
+    return found
+
+
+async def _open_in_full(
+    held: Holding, session: Session, wanted: opening.Opening, kept: int, timeout: float
+) -> int:
+    """Open a source that has more than the ``kept`` bytes once more, as the node below the disk; return its size.
+
+    The disk cannot be clipped later: nobody may truncate what lies below a ``raw`` node of a fixed size, and the
+    flush that is owed needs that.
+    """
+    await session.execute("blockdev-del", {"node-name": blockdev.DISK}, timeout=timeout)
+    in_full = replace(wanted, node={**wanted.node, "node-name": blockdev.FULL})
+    if not await _add_and_look(held, session, in_full, timeout):
+        raise _replaced()
+    sizes = await session.node_names(timeout=timeout)
+    _refuse_further_files(wanted, sizes)
+    if sizes[blockdev.FULL] < kept:
+        raise _replaced()
+    return sizes[blockdev.FULL]
+
+
+def _refuse_further_files(wanted: opening.Opening, nodes: dict[str, int]) -> None:
+    """Of an image behind a server, the header may have been another one when QEMU read it, and named a file of ours."""
+    if wanted.source is not None and not nodes.keys() <= {
+        blockdev.DISK, blockdev.FULL, blockdev.BASE, blockdev.SOURCE
+    }:
+        raise StoragedError(
+            ErrorCode.SOURCE_CHANGED, "the image was changed while it was opened, and needs another file",
+            hint="find out who changes it behind the server, then attach again",
+        )
+
+
+def _replaced() -> StoragedError:
+    return StoragedError(
+        ErrorCode.SOURCE_CHANGED, "the source was replaced while it was opened",
+        hint="find out who replaces it, then attach again",
+    )
 
 
 async def _add_and_look(held: Holding, session: Session, wanted: opening.Opening, timeout: float) -> bool:
@@ -211,15 +274,15 @@ async def _add_and_look(held: Holding, session: Session, wanted: opening.Opening
     )
 
 
-async def _owe_a_flush(held: Holding, session: Session, size: int, timeout: float) -> None:
-    """Let the next flush reach the storage below, although this QSD has written nothing yet.
+async def _owe_a_flush(held: Holding, session: Session, node: str, size: int, timeout: float) -> None:
+    """Let the next flush reach the storage below, although this QSD has written nothing yet to ``node``.
 
     QEMU leaves out a flush of a node that was not written to since its last one (bdrv_co_flush, write_gen in
     block/io.c), and knows nothing of what its predecessor has acknowledged. A truncation to the present size changes
     nothing, and counts as a write in each node down to the one that reaches the data.
     """
     try:
-        await session.execute("block_resize", {"node-name": blockdev.DISK, "size": size}, timeout=timeout)
+        await session.execute("block_resize", {"node-name": node, "size": size}, timeout=timeout)
     except StoragedError as error:
         if error.code in (ErrorCode.QSD_DIED, ErrorCode.QSD_SILENT):
             raise

@@ -92,8 +92,8 @@ class Volume(Convergence):
         """Replace QSD by the program that is installed now; its I/O pauses meanwhile."""
         await self.ask(lambda: self._upgrade(timeout), timeout)
 
-    async def resize(self, size: int, timeout: float) -> None:
-        """Grow the volume to ``size`` bytes."""
+    async def resize(self, size: int | None, timeout: float) -> None:
+        """Grow the volume to ``size`` bytes, or to all that its source has by now."""
         await self.ask(lambda: self._resize(size, timeout), timeout, about_the_volume=False)
 
     # The task ------------------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ class Volume(Convergence):
     @property
     def ended(self) -> bool:
         """Whether nothing of the volume is left."""
-        return self._running and self.goal is Goal.ABSENT and self.state is State.ABSENT
+        return self._running and (self._parked or (self.goal is Goal.ABSENT and self.state is State.ABSENT))
 
     def _looks_well_at_a_glance(self) -> bool:
         return (
@@ -469,11 +469,11 @@ class Volume(Convergence):
         record = self.attachment.record
         return str(record.device or record.socket) if record is not None else ""
 
-    async def _resize(self, size: int, timeout: float) -> None:
+    async def _resize(self, size: int | None, timeout: float) -> None:
         if self.state is not State.ONLINE:
             raise self._busy("resize", f"it is {self.state}, not online", f"storaged show {self.name} says why")
         try:
-            await self.attachment.resize(size, timeout)
+            size = await self.attachment.resize(size, timeout)
         except StoragedError as error:
             raise error.at(volume=self.name, step="resize") from error
         self._emit("state", f"resized to {size} bytes")

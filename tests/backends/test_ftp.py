@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -54,6 +55,12 @@ def is_read(daemon: Daemon, source: str, disk: Path, **options: str) -> None:
     run("cmp", daemon.device("a", source, read_only=True, options={**WHOLE, **options}), disk)
     daemon.detach("a")
     assert leftovers(daemon.root) == []
+
+
+def test_an_empty_file_is_refused(server: FtpServer, daemon: Daemon) -> None:
+    """The server's size of 0 does not come through libcurl, and nobody knows then whether that was all."""
+    os.truncate(server.root / "disk.raw", 0)
+    refuses(daemon, ErrorCode.UNSUPPORTED, f"{server.url}/disk.raw", read_only=True, options=WHOLE)
 
 
 def test_a_file_of_an_ftp_server(server: FtpServer, daemon: Daemon, place: Path) -> None:

@@ -140,6 +140,24 @@ def test_lun_0_of_tgtd_has_no_data(server: IscsiServer, daemon: Daemon) -> None:
     refuses(daemon, ErrorCode.INVALID_SIZE, server.source(0))
 
 
+def test_a_lun_that_has_grown_is_served_at_its_old_size_until_a_resize(
+    server: IscsiServer, daemon: Daemon, disk: Path
+) -> None:
+    size, device = disk.stat().st_size, daemon.device("a", server.source())
+    for times in (2, 3):
+        server.kill()  # tgtd looks at the file when it starts
+        os.truncate(disk, times * size)
+        server.start()
+        if times == 2:
+            pid = daemon.kill_qsd("a")
+            eventually(lambda pid=pid: daemon.replaced("a", pid), "a successor serves it", 40)  # type: ignore[misc]  # a default
+            device = str(daemon.show("a")["device"])
+        # The third time QSD goes on, and asks for the size when it is told to grow.
+        assert run("blockdev", "--getsize64", device).stdout.strip() == str((times - 1) * size)
+        daemon.cli("resize", "a")
+        assert run("blockdev", "--getsize64", device).stdout.strip() == str(times * size)
+
+
 def test_a_target_and_a_lun_that_are_not_there(server: IscsiServer, daemon: Daemon) -> None:
     refuses(daemon, ErrorCode.SOURCE_MISSING, server.source().replace(TARGET, f"{TARGET}x"))
     refuses(daemon, ErrorCode.SOURCE_MISSING, server.source(2))
@@ -162,7 +180,7 @@ def test_a_silent_server_is_given_up_at_the_deadline(daemon: Daemon) -> None:
         source = f"iscsi://127.0.0.1:{silent.getsockname()[1]}/{TARGET}/1"
         begin = time.monotonic()
         error = refuses(daemon, ErrorCode.OPEN_FAILED, source, options={"request-timeout": "2"})
-        assert 1 <= time.monotonic() - begin < 6
+        assert 1 <= time.monotonic() - begin < 10
     assert "request-timeout" in error.hint
 
 

@@ -79,6 +79,12 @@ def test_a_file_of_a_tftp_server(server: TftpServer, daemon: Daemon, place: Path
     assert leftovers(daemon.root) == []
 
 
+def test_an_empty_file_is_refused(server: TftpServer, daemon: Daemon) -> None:
+    """By curl, which fails where the first block is the last."""
+    os.truncate(server.root / "disk.raw", 0)
+    refuses(daemon, ErrorCode.OPEN_FAILED, f"{server.url}/disk.raw", read_only=True)
+
+
 def test_what_is_written_with_snapshot_stays_here(server: TftpServer, daemon: Daemon, place: Path) -> None:
     disk = server.root / "disk.raw"
     before = disk.read_bytes()

@@ -9,6 +9,7 @@ import pytest
 
 from storaged.errors import ErrorCode
 from storaged.transports import TRANSPORTS
+from tests.contract.conftest import IN_MACHINE
 from tests.harness import (
     Daemon,
     as_json,
@@ -110,12 +111,43 @@ def test_resize_grows_image_and_device_while_it_is_mounted(
     assert as_json(run("qemu-img", "info", "-f", format, "--output=json", source).stdout)["virtual-size"] == 128 << 20
 
 
+def test_a_source_that_has_grown_is_served_at_its_old_size_until_a_resize(
+    daemon: Daemon, place: Path, transport: str
+) -> None:
+    source = image(place / "a", "raw")
+    writes(daemon.device("a", source, transport=transport), 4096, PATTERN)
+    os.truncate(source, 128 << 20)
+    former = daemon.kill_qsd("a")
+    eventually(lambda: daemon.replaced("a", former), "a successor serves it")
+    device = str(daemon.show("a")["device"])
+    assert run("blockdev", "--getsize64", device).stdout.strip() == str(64 << 20)
+    assert reads(device, 4096, len(PATTERN)) == PATTERN
+    assert daemon.show("a")["source_size"] == 128 << 20
+    if not TRANSPORTS[transport].grows:
+        assert error_of(lambda: daemon.call("Resize", name="a")).code is ErrorCode.UNSUPPORTED
+        writes(device, (64 << 20) - len(PATTERN), PATTERN)
+        return
+    run("mkfs.ext4", "-q", device)
+    with mounted(device, place / "mnt") as directory:
+        (directory / "file").write_bytes(PATTERN)
+        daemon.cli("resize", "a")
+        assert run("blockdev", "--getsize64", device).stdout.strip() == str(128 << 20)
+    run("fsck.ext4", "-fy", device)
+    run("resize2fs", device)
+    with mounted(device, place / "mnt") as directory:
+        assert (directory / "file").read_bytes() == PATTERN
+    writes(device, (128 << 20) - len(PATTERN), PATTERN)
+    daemon.detach("a")
+    assert source.read_bytes()[-len(PATTERN):] == PATTERN
+
+
 def test_what_is_written_under_load_is_what_is_read(daemon: Daemon, place: Path, transport: str) -> None:
     device = daemon.device("a", image(place / "a.qcow2", size="256M"), format="qcow2", transport=transport)
+    size = 64 if IN_MACHINE else 200
     run(
-        "fio", "--name=verify", f"--filename={device}", "--rw=randrw", "--bs=4k-64k", "--size=200M", "--direct=1",
+        "fio", "--name=verify", f"--filename={device}", "--rw=randrw", "--bs=4k-64k", f"--size={size}M", "--direct=1",
         "--ioengine=libaio", "--iodepth=32", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0",
-        "--io_size=400M", "--output-format=terse",
+        f"--io_size={2 * size}M", "--output-format=terse",
     )
 
 

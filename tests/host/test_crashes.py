@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shlex
 import signal
 import subprocess
 import time
@@ -22,14 +23,16 @@ ATTACH_STEPS = [Step.START, Step.OPEN, Step.EXPORT, Step.CONNECT, Step.PUBLISH]
 DETACH_STEPS = [Step.DISCONNECT, Step.UNPUBLISH, Step.STOP, Step.REMOVE]
 
 
-def verify_writes(device: str) -> subprocess.Popen[str]:
-    """Start an fio that writes and verifies for some seconds; any I/O error or wrong block makes it fail."""
+def verify_writes(device: str, end: Path) -> subprocess.Popen[str]:
+    """Have fio write and verify until there is a file ``end``; any I/O error or wrong block makes it fail."""
+    fio = shlex.join([
+        "fio", "--name=verify", f"--filename={device}", "--rw=randwrite", "--bs=4k-64k", "--size=48M",
+        "--direct=1", "--ioengine=libaio", "--iodepth=8", "--verify=crc32c", "--verify_backlog=64",
+        "--verify_fatal=1", "--verify_state_save=0", "--time_based", "--runtime=2", "--output-format=terse",
+    ])
+    # The shell has the device open between two of them.
     return subprocess.Popen(
-        [
-            "fio", "--name=verify", f"--filename={device}", "--rw=randwrite", "--bs=4k-64k", "--size=48M",
-            "--direct=1", "--ioengine=libaio", "--iodepth=8", "--verify=crc32c", "--verify_backlog=64",
-            "--verify_fatal=1", "--verify_state_save=0", "--time_based", "--runtime=4", "--output-format=terse",
-        ],
+        ["sh", "-c", f'exec 3<{device}; until [ -e "$0" ]; do {fio} || exit 1; done', end],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )
 
@@ -38,7 +41,7 @@ def verify_writes(device: str) -> subprocess.Popen[str]:
 def test_the_device_is_in_use_all_the_while_and_sees_no_error(daemon: Daemon, place: Path, how: str) -> None:
     device = daemon.device("a", image(place / "a.qcow2"), format="qcow2")
     qsd = daemon.qsd("a")
-    load = verify_writes(device)
+    load = verify_writes(device, place / "end")
     for _ in range(4):
         if how == "kill":
             daemon.kill()
@@ -46,7 +49,8 @@ def test_the_device_is_in_use_all_the_while_and_sees_no_error(daemon: Daemon, pl
             assert daemon.stop() == 0
         daemon.start()
         eventually(lambda: daemon.online("a"), "adopted")
-        assert load.poll() is None, "the load must span the restarts"
+        assert load.poll() is None, "it goes on"
+    (place / "end").touch()
     output, _ = load.communicate(timeout=60)
     assert load.returncode == 0, output
     assert daemon.qsd("a") == qsd

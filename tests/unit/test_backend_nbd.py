@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
@@ -222,11 +223,13 @@ def test_the_older_spelling_takes_everything_as_it_is(path: str, export: str) ->
 
 
 @given(TEXT, st.integers(1, 65535), st.ip_addresses(v=6))
+@example("", 1, ipaddress.IPv6Address("::ffff:192.0.2.1"))
 def test_addresses_have_one_location_however_they_are_written(export: str, port: int, address: Any) -> None:
     location = BACKEND.parse(f"nbd://[{address.exploded.upper()}]:{port}/{quote(export)}", {})
     assert location == BACKEND.parse(f"nbd://[{address.compressed}]:{port}/{quote(export)}", {})
     assert location == BACKEND.parse(location, {})
-    assert node(location)["server"] == inet(str(address), str(port))
+    # ::ffff:192.0.2.1 is 192.0.2.1 (RFC 4291, 2.5.5.2).
+    assert node(location)["server"] == inet(str(address.ipv4_mapped or address), str(port))
 
 
 @given(st.sampled_from(BACKEND.schemes), st.text())

@@ -112,6 +112,12 @@ def test_detach_tells_on_stderr_what_is_left(
     assert capsys.readouterr() == ("", "storaged: volume web1: the overlay was kept\n")
 
 
+def test_resize_without_a_size_leaves_it_to_the_source(daemon: FakeDaemon) -> None:
+    daemon.answers("Resize", WEB1)
+    assert main(["resize", "web1"]) == 0
+    assert daemon.asked("Resize") == [{"name": "web1"}]
+
+
 def test_resize_sends_bytes(daemon: FakeDaemon) -> None:
     daemon.answers("Resize", WEB1)
     assert main(["resize", "web1", "20G"]) == 0
@@ -281,7 +287,7 @@ def test_an_answer_without_the_field_is_an_internal_failure(
         "detach n --json",
         "list --json --names",
         "show",
-        "resize n",
+        "resize",
         "rescue",
         "rescue n --json",
         "resume",

@@ -115,6 +115,7 @@ def test_show_aligns_the_facts_and_leaves_out_what_there_is_not() -> None:
         "source:       /srv/images/web1.qcow2",
         "format:       qcow2",
         "mode:         rw",
+        "kept:         until it is detached, or the host reboots (storaged persist web1 on changes that)",
         "transport:    fuse (auto: this kernel has no vduse and no nbd)",
         "option cache: none",
         "qsd:          pid 4711, version 10.0.13",

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storaged.errors import ErrorCode, StoragedError
-from storaged.model.config import Config, parse_config
+from storaged.model.config import Config
+from storaged.model.configcheck import parse_config
 
 PATH = "/etc/storaged/storaged.toml"
 
@@ -44,7 +45,7 @@ def test_every_key_is_taken_over() -> None:
         (b"attach_timeout = '5'", "attach_timeout"),
         (b"log_level = 3", "log_level"),
         (b"qsd = 'x'", "qsd"),
-        (b"a = = b", "line 1"),
+        (b"a = = b", f"{PATH}:1: "),
         (b"log_level = 'info'\nlog_level = 'debug'", "overwrite"),
     ],
 )

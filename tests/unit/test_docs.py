@@ -13,7 +13,8 @@ from storaged.backends import BACKENDS
 from storaged.backends.base import Backend, NetworkBackend
 from storaged.cli.parser import TRANSPORTS
 from storaged.errors import ErrorCode
-from storaged.model.config import Config, QsdConfig, parse_config
+from storaged.model.config import Config, QsdConfig
+from storaged.model.configcheck import parse_config
 from storaged.model.formats import Format
 from storaged.model.plan import Step
 from storaged.model.spec import COMMON_OPTIONS

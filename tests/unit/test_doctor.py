@@ -106,6 +106,7 @@ def node(name: str, state: ModuleState) -> DeviceNode:
     [
         ("root", {"root": False}, Status.WARN, "sudo"),
         ("python", {"python": (3, 9, 2)}, Status.FAIL, "3.11"),
+        ("rbd", {"rbd": False}, Status.INFO, "apt install ceph-common"),
         ("python uvloop", {"libraries": (Library("uvloop", problem="no"),)}, Status.FAIL, "pip install"),
         ("python nbd", {"nbd": Library("nbd", problem="no")}, Status.WARN, "apt install python3-libnbd"),
         ("python nbd", {"nbd_is_libnbd": False}, Status.WARN, "pip uninstall nbd"),

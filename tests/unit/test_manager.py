@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from storaged.model.spec import DEFAULTS, Desired, VolumeSpec
 from storaged.model.states import State
 from storaged.store.base import Loaded, Store
 from storaged.store.local import LocalStore
+from storaged.supervisor import watchdog
 from storaged.supervisor.attachment import Attachment
 from storaged.supervisor.environment import Environment
 from storaged.supervisor.events import EventHub
@@ -217,6 +219,7 @@ def test_a_volume_whose_actor_ended_by_a_bug_answers_and_does_not_hang(
             await asyncio.sleep(0)
             await actor_ends(manager)
         assert [volume.spec.name for volume in manager.volumes()] == ["a"]
+        assert "a has ended" in watchdog.illness(manager, time.monotonic())
         for late in (
             manager.attach(spec, None), manager.resize("a", 1 << 21, None),
             manager.detach("a", force=False, timeout=None), manager.detach("a", force=True, timeout=None),

@@ -13,8 +13,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from storaged.errors import ErrorCode
 from storaged.host.process import boot_id, find_by_arguments, identify, kill, open_pidfd, reap
 from storaged.model.record import ProcessIdentity
+from storaged.qsd.process import died
 
 
 @pytest.fixture
@@ -148,3 +150,18 @@ def test_a_process_is_found_by_exactly_its_arguments_one_after_another(tmp_path:
 def test_a_boot_has_an_identity() -> None:
     assert boot_id() == boot_id()
     assert len(boot_id()) == 36
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"), [
+        ("qemu-storage-daemon: Error reading configuration from etcd: Connection refused", "-o etcd-host"),
+        ("etcd_address is missing in Vitastor configuration", "-o etcd-host"),
+        ("double free or corruption", "qsd.log"),
+    ],
+)
+def test_the_last_words_of_a_library_that_ends_qsd_have_a_hint(tmp_path: Path, words: str, hint: str) -> None:
+    (tmp_path / "qsd.log").write_text(f"{words}\n")
+    error = died(str(tmp_path), "it exited with status 1")
+    assert error.code is ErrorCode.QSD_DIED
+    assert words in error.cause
+    assert hint in error.hint

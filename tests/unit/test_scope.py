@@ -57,16 +57,19 @@ def test_systemd_is_asked_for_a_scope_that_is_not_swapped_has_a_minimum_and_outl
 ) -> None:
     # This systemd says that it was done, and has done nothing.
     with fake_bus(tmp_path / "bus", systemd()) as calls, pytest.raises(OSError, match="has not moved it"):
-        scope.enclose(child.pid, "a", 12345)
+        scope.enclose(child.pid, "a", "/dev/nbd0", 12345)
     assert [member(call) for call in calls] == ["AddMatch", "Subscribe", "StartTransientUnit"]
     unit, mode, properties, auxiliary = calls[2].body
     (rule,) = calls[0].body
     assert "member='JobRemoved'" in rule
     assert f"arg2='{unit}'" in rule
     assert (unit, mode, auxiliary) == (f"storaged-qsd-a-{child.pid}.scope", "fail", [])
+    users = ["blockdev@dev-nbd0.target", "blockdev@dev-storaged-a.target"]
     assert dict(properties) | {"Description": None} == {
         "Description": None, "Slice": ("s", "storaged.slice"), "PIDs": ("au", [child.pid]),
         "DefaultDependencies": ("b", False), "CollectMode": ("s", "inactive-or-failed"),
+        "Wants": ("as", users), "Before": ("as", users), "SurviveFinalKillSignal": ("b", True),
+        "CPUAccounting": ("b", True), "IOAccounting": ("b", True), "MemoryAccounting": ("b", True),
         "MemorySwapMax": ("t", 0), "MemoryMin": ("t", 12345),
         "ManagedOOMPreference": ("s", "omit"),
     }
@@ -80,10 +83,49 @@ def test_the_minimum_of_the_slice_is_that_of_all_its_scopes(
     monkeypatch.setattr(scope, "cgroup_of", lambda _: next(places))
     monkeypatch.setattr(os, "listdir", lambda _: ["a.scope", "b.scope", "memory.min"])
     with fake_bus(tmp_path / "bus", systemd()) as calls:
-        scope.enclose(child.pid, "a", 1000)
+        scope.enclose(child.pid, "a", memory_min=1000)
     assert (member(calls[-1]), calls[-1].body) == (
         "SetUnitProperties", ("storaged.slice", True, [("MemoryMin", ("t", 2000))])
     )
+
+
+def test_by_a_slice_that_goes_with_the_scope_the_daemon_and_the_network_outlive_the_mounts(
+    tmp_path: Path, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = scope.unit_name("a-b", child.pid)
+    places = iter(["/elsewhere", *[f"/storaged.slice/{own}"] * 2])
+    monkeypatch.setattr(scope, "cgroup_of", lambda _: next(places))
+    monkeypatch.setattr(os, "listdir", lambda _: [])
+    with fake_bus(tmp_path / "bus", systemd()) as calls:
+        scope.enclose(child.pid, "a-b", "/dev/vdc")
+    unit, _mode, properties, _auxiliary = calls[-1].body
+    said = dict(properties)
+    assert unit == f"storagedvolume_a\\x2db_{child.pid}.slice"
+    assert said["BindsTo"] == ("as", [own])
+    assert said["Before"] == ("as", ["blockdev@dev-vdc.target", "blockdev@dev-storaged-a\\x2db.target"])
+    assert {"storaged.service", "network.target"} <= set(said["After"][1])
+
+
+def test_a_systemd_that_does_not_know_survivors_is_asked_without(
+    tmp_path: Path, child: subprocess.Popen[bytes]
+) -> None:
+    def old(call: Message) -> list[bytes]:
+        if member(call) == "StartTransientUnit" and "SurviveFinalKillSignal" in dict(call.body[2]):
+            text = "Cannot set property SurviveFinalKillSignal, or unknown property."
+            return [fails(call, "org.freedesktop.DBus.Error.PropertyReadOnly", text)]
+        return list(systemd()(call))
+
+    with fake_bus(tmp_path / "bus", old) as calls, pytest.raises(OSError, match="has not moved it"):
+        scope.enclose(child.pid, "a")
+    first, second = (dict(call.body[2]) for call in calls if member(call) == "StartTransientUnit")
+    assert first.keys() - second.keys() == {"SurviveFinalKillSignal"}
+
+
+@pytest.mark.parametrize(("path", "name"), [
+    ("/dev/nbd0", "dev-nbd0"), ("/dev/storaged/a-b_c.d", "dev-storaged-a\\x2db_c.d"), ("/.x/é", "\\x2ex-\\xc3\\xa9"),
+])
+def test_paths_are_escaped_as_systemd_does(path: str, name: str) -> None:
+    assert scope.escape_path(path) == name
 
 
 def test_a_process_that_is_there_already_is_left_alone_and_one_that_is_gone_is_no_error(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from storaged.backends import BACKENDS, find_backend
+from storaged.backends.base import NetworkBackend
 from storaged.backends.cache import CACHE_FLAGS
 from storaged.backends.local import LocalBackend
 from storaged.errors import ErrorCode, StoragedError
@@ -32,7 +33,7 @@ def test_a_source_is_a_backend_and_a_path(source: str, backend: str, path: str) 
 
 
 @pytest.mark.parametrize(
-    "source", ["", " ", "a", "./a", "a:/b", "nosuch:pool/image", "FILE:/a", " /a", ":/a", "json:{}", "file", "file =/a"]
+    "source", ["", " ", "a", "./a", "a:/b", "nosuch:pool/image", " /a", ":/a", "json:{}", "file", "file =/a"]
 )
 def test_an_unknown_source_is_refused_with_those_that_are_known(source: str) -> None:
     with pytest.raises(StoragedError) as caught:
@@ -40,6 +41,32 @@ def test_an_unknown_source_is_refused_with_those_that_are_known(source: str) -> 
     assert caught.value.code is ErrorCode.INVALID_SOURCE
     for backend in BACKENDS.values():
         assert backend.example in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("source", "hint"), [
+        ("FILE:/a", "file:"), ("NBD://h/x", "nbd:"), ("Nbd+Unix:///x?socket=/s", "nbd+unix:"), ("RBD:rbd/x", "rbd:"),
+        ("iSCSI://h/iqn.2026-01.test:t/1", "iscsi:"), ("HTTPS://u:geheim@h/x", "https:"), ("Sheepdog:x", "sheepdog:"),
+    ],
+)
+def test_schemes_are_in_small_letters_as_for_qemu_and_the_refusal_says_so(source: str, hint: str) -> None:
+    """"Unknown protocol 'NBD'", says QEMU (bdrv_find_protocol in block.c)."""
+    with pytest.raises(StoragedError) as caught:
+        find_backend(source)
+    assert caught.value.code is ErrorCode.INVALID_SOURCE
+    assert caught.value.hint == f"write {hint}"
+    assert "geheim" not in f"{caught.value} {caught.value.hint}"
+
+
+@pytest.mark.parametrize("source", ["nbd://{}/x", "ssh://{}/x", "nfs://{}/x"])
+def test_a_dot_at_the_end_of_a_name_is_used_and_makes_no_other_server(source: str) -> None:
+    backend = find_backend(source)
+    assert isinstance(backend, NetworkBackend)
+    plain, dotted = (backend.parse(source.format(host), {}) for host in ("a.example", "A.example."))
+    assert backend.identity(plain, str) == backend.identity(dotted, str)
+    # It is what the name means to a resolver with a search list.
+    assert "a.example." in str(backend.node(dotted, read_only=False, options={}))
+    assert "a.example." not in str(backend.node(plain, read_only=False, options={}))
 
 
 LOCAL = LocalBackend("file")

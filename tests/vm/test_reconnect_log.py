@@ -81,7 +81,7 @@ class Case:
         begin = time.monotonic()
         assert self.daemon.names() == ["a"]
         assert "by force" in str(self.daemon.show("a"))
-        assert time.monotonic() - begin < 3
+        assert time.monotonic() - begin < 10
         assert all(writer.poll() is None for writer in self.load.writers), "nobody got an error"
 
 

@@ -32,7 +32,9 @@ class Verifier:
         options = [*(["--mark", str(mark)] if mark else []), *(["--journal", str(journal)] if journal else [])]
         self._answers: queue.Queue[str] = queue.Queue()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.vm.faults.verifier", path, f"--blocks={BLOCKS}", f"--depth={depth}",
+            # It keeps the device busy with what of the processors nobody else wants: a daemon that starts beside it
+            # is not held up.
+            ["nice", sys.executable, "-m", "tests.vm.faults.verifier", path, f"--blocks={BLOCKS}", f"--depth={depth}",
              *options],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=CHECKOUT,
         )

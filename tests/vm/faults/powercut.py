@@ -16,7 +16,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from tests.vm.machine.__main__ import throwaway, told
+from tests.vm.machine.__main__ import LAST, log_directory, throwaway, told
 from tests.vm.machine.qemu import CACHE, MACHINES, Machine
 from tests.vm.machine.session import MachineError
 
@@ -149,9 +149,11 @@ def main() -> int:
     parser.add_argument("--machine", choices=MACHINES, default="trixie")
     parser.add_argument("--cuts", type=int, default=1)
     parser.add_argument("--volumes", type=int, default=2, help="how many (default: %(default)s; all: 8)")
+    parser.add_argument("--logs", type=log_directory, default=LAST.name, metavar="NAME", help="as with scripts/vm")
     arguments = parser.parse_args()
+    logs = CACHE / arguments.logs
     try:
-        with throwaway(arguments.machine) as machine, told(machine, CACHE / "last/console.log"):
+        with throwaway(arguments.machine, logs) as machine, told(machine, logs / "console.log"):
             for _ in range(arguments.cuts):
                 print(*cut(machine, arguments.volumes), sep="\n", flush=True)
     except (MachineError, subprocess.CalledProcessError) as error:

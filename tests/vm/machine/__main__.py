@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import io
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -40,8 +41,8 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def throwaway(name: str, *, steady: bool = False) -> Iterator[Machine]:
-    """Start a machine that lives as long as the block, and leave its logs in LAST."""
+def throwaway(name: str, logs: Path = LAST, *, steady: bool = False) -> Iterator[Machine]:
+    """Start a machine that lives as long as the block, and leave its logs in a directory."""
     runs = CACHE / "runs"
     runs.mkdir(parents=True, exist_ok=True)
     for old in runs.iterdir():
@@ -55,18 +56,18 @@ def throwaway(name: str, *, steady: bool = False) -> Iterator[Machine]:
             yield machine
         finally:
             machine.end()
-            keep_logs(machine)
+            keep_logs(machine, logs)
 
 
-def keep_logs(machine: Machine) -> None:
+def keep_logs(machine: Machine, logs: Path) -> None:
     """Put a machine's logs where the last ones were."""
-    with open(CACHE / "last.lock", "w") as lock:
+    with open(logs.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        shutil.rmtree(LAST, ignore_errors=True)
-        LAST.mkdir(parents=True)
+        shutil.rmtree(logs, ignore_errors=True)
+        logs.mkdir(parents=True)
         for path in machine.directory.iterdir():
             if path.suffix in {".log", ".xml"}:
-                shutil.copy(path, LAST)
+                shutil.copy(path, logs)
 
 
 def collect(machine: Machine) -> None:
@@ -174,7 +175,8 @@ def run(arguments: argparse.Namespace) -> int:
     if machine is not None:
         with told(machine, machine.console):
             return perform(machine, ["/bin/bash", "-c", line], arguments)
-    with throwaway(arguments.machine, steady=arguments.steady) as machine, told(machine, LAST / "console.log"):
+    logs = CACHE / arguments.logs
+    with throwaway(arguments.machine, logs, steady=arguments.steady) as machine, told(machine, logs / "console.log"):
         return perform(machine, ["/bin/bash", "-c", line], arguments)
 
 
@@ -188,7 +190,7 @@ def shell(arguments: argparse.Namespace) -> int:
     if machine is not None:
         return perform(machine, command, arguments)
     say("starting the machine; it ends with the shell")
-    with throwaway(arguments.machine) as machine:
+    with throwaway(arguments.machine, CACHE / arguments.logs) as machine:
         try:
             return perform(machine, command, arguments)
         except MachineGone:
@@ -204,8 +206,9 @@ def test(arguments: argparse.Namespace) -> int:
         "python", "-m", "pytest", f"--junitxml={LOGS}/junit.xml", "-p", "no:cacheprovider", f"--timeout={TIMEOUT}",
         *words,
     ]
-    say(f"pytest in a machine with Debian {arguments.machine}; logs will be in {LAST}")
-    with throwaway(arguments.machine) as machine, told(machine, LAST / "console.log"):
+    logs = CACHE / arguments.logs
+    say(f"pytest in a machine with Debian {arguments.machine}; logs will be in {logs}")
+    with throwaway(arguments.machine, logs) as machine, told(machine, logs / "console.log"):
         try:
             return perform(machine, command, arguments, log=True)
         finally:
@@ -226,6 +229,13 @@ def told(machine: Machine, whole: Path) -> Iterator[None]:
         raise
 
 
+def log_directory(name: str) -> str:
+    """A directory for logs, which is nothing else that is kept there."""
+    if re.fullmatch(rf"{LAST.name}(-[a-z0-9]+)*", name) is None:
+        raise argparse.ArgumentTypeError(f"a NAME is {LAST.name}, or begins with {LAST.name}-")
+    return name
+
+
 def parse(words: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="scripts/vm", description=(
@@ -236,6 +246,9 @@ def parse(words: list[str]) -> argparse.Namespace:
                         help="which Debian (default: $MACHINE, or trixie)")
     parser.add_argument("--deadline", type=float, default=2400, metavar="SECONDS",
                         help="how long a command may take; 0: for ever (default: %(default)s)")
+    parser.add_argument("--logs", type=log_directory, default=LAST.name, metavar="NAME", help=(
+        "leave the logs of a machine of its own in .cache/vm/NAME, where two run at a time (default: %(default)s)"
+    ))
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for function, text in (
         (build_only, "make its disk, or find it, and print where"),

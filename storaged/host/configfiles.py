@@ -1,0 +1,80 @@
+"""Where the configuration is read from: storaged.toml, and the drop-ins in storaged.toml.d beside it."""
+
+from __future__ import annotations
+
+import grp
+import os
+
+from storaged.errors import ErrorCode, StoragedError
+from storaged.model.config import Config
+from storaged.model.configcheck import Problem, check_files, refusal
+from storaged.model.layout import Layout
+
+
+def load_config(layout: Layout, config_file: str | None) -> Config:
+    """Read and check the configuration; the default file may be missing, one that was named may not. Blocks.
+
+    Raises INVALID_ARGUMENT, with all that is wrong.
+    """
+    config, problems = check_config(layout, config_file)
+    if config is None:
+        raise refusal(problems)
+    return config
+
+
+def check_config(layout: Layout, config_file: str | None) -> tuple[Config | None, list[Problem]]:
+    """Return the configuration as it would be used on this host, or None and all that is wrong with it. Blocks.
+
+    Raises INVALID_ARGUMENT for a file that cannot be read.
+    """
+    files = [(path, _content(path)) for path in config_files(layout, config_file)]
+    config, problems = check_files(files)
+    if config is not None and config.socket_group is not None and not _is_group(config.socket_group):
+        said_in = next((path for path, text in reversed(files) if b"socket_group" in text), "")
+        problems.append(Problem(
+            said_in, None, "socket_group", f"socket_group: there is no group {config.socket_group!r}",
+            "create it (groupadd --system), or correct the key",
+        ))
+        config = None
+    return config, problems
+
+
+def config_files(layout: Layout, config_file: str | None) -> list[str]:
+    """The files that count, the one that wins last: the file itself, then FILE.d/*.toml in the order of their names.
+
+    Raises INVALID_ARGUMENT where a file that was named is missing, or the directory cannot be read.
+    """
+    path = config_file or layout.config_file
+    files = [path] if os.path.lexists(path) else []
+    if config_file is not None and not files:
+        raise StoragedError(
+            ErrorCode.INVALID_ARGUMENT, f"there is no configuration file {path}", hint="check the name"
+        )
+    try:
+        names = sorted(os.listdir(f"{path}.d"))
+    except (FileNotFoundError, NotADirectoryError):
+        names = []
+    except OSError as error:
+        raise _unreadable(f"{path}.d", error) from error
+    # What an editor or a package manager leaves behind (a.toml~, .a.toml.swp, a.toml.dpkg-old) does not count.
+    return files + [f"{path}.d/{name}" for name in names if name.endswith(".toml") and not name.startswith(".")]
+
+
+def _content(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str, error: OSError) -> StoragedError:
+    return StoragedError(ErrorCode.INVALID_ARGUMENT, f"cannot read {path}", cause=error.strerror or "")
+
+
+def _is_group(name: str) -> bool:
+    try:
+        grp.getgrnam(name)
+    except KeyError:
+        return False
+    return True

@@ -1,0 +1,235 @@
+"""The daemon as a service: what it tells, its files of volumes, and what it does as the host goes down."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+from storaged.errors import ErrorCode
+from tests.harness import (
+    STORAGED,
+    Daemon,
+    error_of,
+    eventually,
+    image,
+    leftovers,
+    luks_image,
+    reads,
+    run,
+    writes,
+)
+
+
+def write(daemon: Daemon, name: str, text: str) -> Path:
+    """Write the file of a volume."""
+    directory = Path(daemon.layout.volume_files)
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{name}.toml"
+    path.write_text(text)
+    return path
+
+
+def reload(daemon: Daemon) -> None:
+    assert daemon.process is not None
+    before = daemon.log.read_text().count("reloaded, ")
+    daemon.process.send_signal(signal.SIGHUP)
+    eventually(lambda: daemon.log.read_text().count("reloaded, ") > before, "reloaded")
+
+
+def test_files_are_attached_at_the_start_and_a_bad_one_fails_alone(stopped: Daemon, place: Path) -> None:
+    path = write(stopped, "good", f"source = '{image(place / 'a.qcow2')}'\nformat = 'qcow2'\ntransport = 'fuse'")
+    write(stopped, "bad", "sorce = '/x'")
+    write(stopped, "secret", "source = 'iscsi://user%secret1234567@host/iqn.x/0'")
+    write(stopped, "option", "source = '/x'\noptions = { cahce = 'none' }")
+    missing = write(stopped, "missing", f"source = '{place / 'later.raw'}'\ntransport = 'fuse'")
+    stopped.start()
+    eventually(lambda: stopped.online("good"), "the good one is online")
+    assert str(path) in stopped.cli("show", "good").stdout
+    assert sorted(stopped.names()) == ["good", "missing"]
+    wrong = error_of(lambda: stopped.show("bad"))
+    assert (wrong.code, "did you mean 'source'?") == (ErrorCode.INVALID_ARGUMENT, wrong.hint)
+    assert "cahce" in str(error_of(lambda: stopped.show("option")))
+    assert error_of(lambda: stopped.show("secret")).code is ErrorCode.INVALID_ARGUMENT
+    assert "secret1234567" not in stopped.log.read_text()
+    # One that does not come up is tried again.
+    eventually(lambda: stopped.show("missing")["state"] == "failed", "failed")
+    image(place / "later.raw", "raw")
+    eventually(lambda: stopped.online("missing"), "the missing one is online", 30)
+    assert missing.exists()
+
+
+def test_a_detached_one_stays_so_until_its_file_goes(stopped: Daemon, place: Path) -> None:
+    text = f"source = '{image(place / 'a.raw', 'raw')}'\ntransport = 'fuse'"
+    path = write(stopped, "a", text)
+    stopped.start()
+    eventually(lambda: stopped.online("a"), "online")
+    (note,) = stopped.detach("a")
+    assert str(path) in note
+    reload(stopped)
+    stopped.stop()
+    stopped.start()
+    error = error_of(lambda: stopped.show("a"))
+    assert error.code is ErrorCode.NO_SUCH_VOLUME
+    assert str(path) in error.cause
+    path.unlink()
+    reload(stopped)
+    assert "file" not in str(error_of(lambda: stopped.show("a")))
+    write(stopped, "a", text)
+    reload(stopped)
+    eventually(lambda: stopped.online("a"), "it is attached by a file that came back")
+    # Or the user changes their mind.
+    stopped.detach("a")
+    assert error_of(lambda: stopped.call("Persist", name="a", on=False)).code is ErrorCode.UNSUPPORTED
+    stopped.cli("persist", "a", "on")
+    assert stopped.online("a")
+    stopped.kill()
+    stopped.start()
+    eventually(lambda: stopped.online("a"), "adopted")
+
+
+def test_a_refused_detach_of_one_with_a_file_changes_nothing(stopped: Daemon, place: Path) -> None:
+    write(stopped, "a", f"source = '{image(place / 'a.raw', 'raw')}'\ntransport = 'fuse'")
+    stopped.start()
+    eventually(lambda: stopped.online("a"), "online")
+    with open(stopped.show("a")["device"], "rb"):
+        assert error_of(lambda: stopped.detach("a")).code is ErrorCode.DEVICE_IN_USE
+    stopped.kill()
+    stopped.start()
+    eventually(lambda: stopped.online("a"), "it is still wanted")
+    assert os.listdir(stopped.layout.detached_marks) == []
+
+
+def test_what_other_wishes_have_attached_stays_when_a_file_says_otherwise(daemon: Daemon, place: Path) -> None:
+    device = daemon.device("a", image(place / "a.raw", "raw"), transport="fuse")
+    write(daemon, "a", f"source = '{image(place / 'b.raw', 'raw')}'")
+    reload(daemon)
+    assert daemon.show("a")["device"] == device
+    assert "wishes for something else" in daemon.log.read_text()
+
+
+def test_persist_moves_the_wish_and_a_daemon_that_dies_meanwhile_has_one_of_the_two(
+    daemon: Daemon, place: Path
+) -> None:
+    kept, forgotten = Path(daemon.layout.desired_persistent, "a.json"), Path(daemon.layout.desired_volatile, "a.json")
+    device = daemon.device("a", image(place / "a.raw", "raw"), transport="fuse")
+    assert "storaged persist a on" in daemon.cli("show", "a").stdout
+    for on in ("on", "on", "off", "on"):
+        daemon.cli("persist", "a", on)
+        assert (kept.exists(), forgotten.exists()) == (on == "on", on == "off")
+    assert "storaged persist a off" in daemon.cli("show", "a").stdout
+    # As if it had died between the two: the one over reboots counts, and is the only one then.
+    daemon.kill()
+    forgotten.parent.mkdir(exist_ok=True)
+    forgotten.write_bytes(kept.read_bytes().replace(b'"persist": true', b'"persist": false'))
+    daemon.start()
+    eventually(lambda: daemon.online("a"), "adopted")
+    assert (daemon.show("a")["persist"], daemon.show("a")["device"]) == (True, device)
+    assert not forgotten.exists()
+    daemon.detach("a")
+    assert not kept.exists()
+
+
+def test_a_secret_that_was_typed_is_not_persisted(daemon: Daemon, place: Path) -> None:
+    key = place / "key"
+    key.write_text("secret")
+    disk = luks_image(place / "a.luks", key)
+    daemon.cli("attach", "a", str(disk), "--format", "luks", "--transport", "fuse", "-o", "key-file=-", stdin="secret")
+    error = error_of(lambda: daemon.call("Persist", name="a", on=True))
+    assert error.code is ErrorCode.INVALID_ARGUMENT
+    assert daemon.show("a")["persist"] is False
+    daemon.detach("a")
+
+
+def test_parked_volumes_are_flushed_and_ended_but_those_in_use_and_all_come_back(
+    stopped: Daemon, place: Path
+) -> None:
+    stopped.start()
+    source = image(place / "a.qcow2")
+    device = stopped.device("a", source, format="qcow2", transport="fuse", persist=True)
+    writes(device, 4096, b"kept")
+    below = image(place / "a.raw", "raw")
+    snapshot = stopped.device("s", below, snapshot=True, transport="fuse", persist=True)
+    writes(snapshot, 0, b"changed")
+    used = stopped.device("used", image(place / "used.raw", "raw"), transport="fuse", persist=True)
+    with open(used, "rb"):
+        said = stopped.cli("shutdown").stderr
+        assert "volume used" in said
+        assert stopped.names() == ["used"]
+        assert stopped.online("used")
+    run("qemu-img", "check", "-q", "-f", "qcow2", source)
+    stopped.stop()
+    stopped.start()
+    for name in ("a", "s", "used"):
+        eventually(lambda name=name: stopped.online(name), f"{name} is back")  # type: ignore[misc]
+    assert reads(stopped.show("a")["device"], 4096, 4) == b"kept"
+    assert reads(stopped.show("s")["device"], 0, 7) == b"changed"
+
+
+def test_it_tells_when_it_is_ready_feeds_while_a_volume_hangs_and_starves_when_it_hangs_itself(
+    stopped: Daemon, place: Path
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as inbox:
+        inbox.bind(str(place / "notify"))
+        inbox.settimeout(20)
+        stopped.start(wait=False, command=["env", f"NOTIFY_SOCKET={place / 'notify'}", "WATCHDOG_USEC=1200000"])
+        assert inbox.recv(4096) == b"READY=1"
+        assert stopped.answers()
+        source = image(place / "a.raw", "raw")
+        qsd = stopped.attach("a", source, transport="fuse")["qsd_pid"]
+        os.kill(qsd, signal.SIGSTOP)
+        try:
+            # It waits for an answer, for as long as it has patience.
+            error = error_of(lambda: stopped.attach("a", source, transport="fuse"))
+            assert error.code is ErrorCode.QSD_SILENT
+            assert stopped.show("a")["state"] == "hung"
+            seen = [inbox.recv(4096) for _ in range(20)]
+        finally:
+            os.kill(qsd, signal.SIGCONT)
+        # For more than the 5 seconds of that patience.
+        assert seen.count(b"WATCHDOG=1") >= 16
+        assert stopped.process is not None
+        os.kill(stopped.process.pid, signal.SIGHUP)
+        eventually(lambda: inbox.recv(4096).startswith(b"RELOADING=1\nMONOTONIC_USEC="), "it reloads")
+        eventually(lambda: inbox.recv(4096) == b"READY=1", "it has reloaded")
+        stopped.process.terminate()
+        eventually(lambda: inbox.recv(4096).startswith(b"STOPPING=1"), "it ends")
+        assert stopped.process.wait(20) == 0
+
+
+def test_a_socket_from_the_service_manager_outlives_the_daemon(stopped: Daemon) -> None:
+    path = Path(stopped.layout.socket)
+    path.parent.mkdir(parents=True)
+    starter = (
+        "import os, socket, sys\n"
+        "s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen(); os.dup2(s.fileno(), 9); os.dup2(9, 3)\n"
+        "os.environ |= {'LISTEN_FDS': '1', 'LISTEN_PID': str(os.getpid())}\n"
+        "os.execv(sys.argv[2], sys.argv[2:])\n"
+    )
+    stopped.start(command=["python3", "-c", starter, str(path)])
+    assert stopped.names() == []
+    assert stopped.stop() == 0
+    assert path.exists()
+    stopped.start()
+
+
+def test_wait_ends_when_the_volume_is_online_and_says_why_it_is_not(stopped: Daemon, place: Path) -> None:
+    write(stopped, "a-b", f"source = '{place / 'a.raw'}'\ntransport = 'fuse'")
+    stopped.start()
+    late = stopped.cli("wait", "a-b", "--timeout", "0.5", check=False)
+    assert late.returncode == 1
+    assert "[timeout]" in late.stderr
+    assert stopped.cli("wait", "none", check=False).returncode == 1
+    words = [*STORAGED, "--root", str(stopped.root), "wait", "--unit", r"a\x2db", "--timeout", "60"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as waiting:
+        # A daemon that is started anew meanwhile is waited for.
+        stopped.kill()
+        image(place / "a.raw", "raw")
+        stopped.start()
+        said, _ = waiting.communicate(timeout=60)
+    assert waiting.returncode == 0
+    assert said.strip() == stopped.show("a-b")["device"]
+    stopped.detach("a-b")
+    assert leftovers(stopped.root) == []
