@@ -42,12 +42,11 @@ class MetricsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Where Prometheus gets its metrics."""
 
     listen: Annotated[str | None, Meta(
-        description="where metrics are served: ADDRESS:PORT, an IPv6 address in brackets;"
-        " where nothing is said, nowhere",
+        description="where metrics are served: ADDRESS:PORT, an IPv6 address in brackets; nowhere if it is not said",
     )] = None
     web_config: Annotated[AbsolutePath | None, Meta(
-        description="the file with certificates and passwords for that address, an absolute path;"
-        " needed beyond localhost",
+        description="the file with certificates and passwords for that address, an absolute path, in the format of"
+        " Prometheus' exporters; needed beyond localhost. Its content may change at any time",
     )] = None
 
     @property
@@ -61,6 +60,21 @@ class MetricsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         if bracketed != (found.version == 6):
             raise ValueError("an IPv6 address, and no other, stands in brackets")
         return str(found), int(port)
+
+    def problem(self) -> tuple[str, str] | None:
+        """What is wrong with ``listen``, and a hint: no address, or one that all could read without being told so."""
+        if self.listen is None:
+            return None
+        try:
+            host, _ = self.address
+        except ValueError as error:
+            return str(error), "give an address and a port, as 127.0.0.1:9929 or [::1]:9929"
+        if self.web_config is not None or ip_address(host).is_loopback:
+            return None
+        return (
+            "whoever reaches that address could read the metrics, and web_config is missing",
+            "name a file with passwords and certificates; an empty one says that everybody may",
+        )
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -12,13 +12,12 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from ipaddress import ip_address
 from typing import Any
 
 import msgspec
 
 from storaged.errors import ErrorCode, StoragedError
-from storaged.model.config import ABSOLUTE, Config, Key, MetricsConfig, keys, tables
+from storaged.model.config import ABSOLUTE, Config, Key, keys, tables
 
 _PLACE = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)$")
 _TABLE = re.compile(r"""^\s*\[\[?\s*([\w."'-]+)\s*\]\]?\s*(?:#.*)?$""")
@@ -71,32 +70,23 @@ def check_files(files: Sequence[tuple[str, bytes]]) -> tuple[Config | None, list
         values, wrong = check_file(path, text)
         problems += wrong
         merged = _merge(merged, values)
-    if not problems:
-        config = msgspec.convert(merged, Config)
-        where = ", ".join(path for path, _ in files)
-        problems = [Problem(where, None, *said) for said in _check_metrics(config.metrics)]
-        if not problems:
-            return config, []
-    return None, problems
+    if problems:
+        return None, problems
+    config = msgspec.convert(merged, Config)
+    if (said := config.metrics.problem()) is not None:
+        where = ("metrics", "listen")
+        path, line = _said_last(files, where)
+        return None, [Problem(path, line, ".".join(where), f"metrics.listen: {said[0]}", said[1])]
+    return config, []
 
 
-def _check_metrics(metrics: MetricsConfig) -> Iterable[tuple[str, str, str]]:
-    """Refuse what cannot be listened on, and what all could read without anybody having said so."""
-    if metrics.listen is None:
-        return
-    try:
-        host, _ = metrics.address
-    except ValueError as error:
-        hint = "give an address and a port, as 127.0.0.1:9929 or [::1]:9929"
-        yield "metrics.listen", f"metrics.listen is {metrics.listen!r}: {error}", hint
-        return
-    if metrics.web_config is None and not ip_address(host).is_loopback:
-        yield (
-            "metrics.web_config",
-            f"metrics.listen is {metrics.listen!r}, and web_config is missing: whoever reaches that address could read"
-            " the metrics",
-            "name a file with passwords and certificates; an empty one says that everybody may",
-        )
+def _said_last(files: Sequence[tuple[str, bytes]], where: tuple[str, ...]) -> tuple[str, int | None]:
+    """The file, and the line in it, whose word counts for a key."""
+    for path, text in reversed(files):
+        lines = _lines_of_keys(text.decode())
+        if where in lines:
+            return path, lines[where]
+    return files[-1][0], None
 
 
 def check_file(

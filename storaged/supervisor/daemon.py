@@ -96,8 +96,8 @@ async def _serve(
         log.info("ending; volumes stay attached", extra=journald.about(event="ending"))
         service.tell("STOPPING=1", "STATUS=ending; volumes stay attached")
         watchdog.cancel()
-        reloads.cancel()
         metrics.cancel()
+        reloads.cancel()
         await server.close()
         if ours:
             with contextlib.suppress(FileNotFoundError):

@@ -208,10 +208,11 @@ async def _open(held: Holding, wanted: opening.Opening, timeout: float) -> None:
             blockdev.clipped_node(size, read_only=not spec.writes_source, cache=opening.cache_flags(spec)),
             timeout=timeout,
         )
+    took = time.monotonic() - began
     which = await _tell_disk(held, wanted, timeout)
     # Once it is exported it may acknowledge writes: that it does waits for this to be on the disk.
     held.note_meanwhile(
-        size=size, source_size=source_size, fingerprint=which, settled=False, open_seconds=time.monotonic() - began,
+        size=size, source_size=source_size, fingerprint=which, settled=False, open_seconds=took,
         sources=dict(wanted.sources),
         layers=layers_of(wanted.layers, sizes, held.known().overlay if spec.snapshot else None),
     )

@@ -155,6 +155,26 @@ def test_a_scrape_waits_for_no_volume_that_hangs(stopped: Daemon, place: Path) -
     assert not hanging.is_alive()
 
 
+def test_a_hang_is_told_while_it_lasts_and_counted_when_it_is_over(stopped: Daemon, place: Path) -> None:
+    port = configure(stopped)
+    stopped.start()
+    device = stopped.device(
+        "a", image(place / "a.raw", "raw"), transport="fuse", options={"on-hang": "restart-after:3"}
+    )
+    os.kill(stopped.qsd("a"), signal.SIGSTOP)
+    read = ("dd", f"if={device}", "of=/dev/null", "bs=4096", "count=1", "iflag=direct", "status=none")
+    with subprocess.Popen(read, stderr=subprocess.DEVNULL) as reader:
+        eventually(lambda: scrape(port).of("waiting_seconds", "a") > 1, "its I/O waits")
+        eventually(lambda: scrape(port).of("recoveries_total", "a") == 1, "QSD is replaced")
+        assert reader.wait(20) != 0, "fuse does not bridge that"
+    seen = scrape(port)
+    assert seen.of("hangs_total", "a") + seen.of("stalls_total", "a") >= 1
+    assert seen.of("stalled_seconds_total", "a") >= 3
+    assert seen.of("recovery_pause_seconds_bucket", "a", ',le="2.5"') == 0
+    assert seen.of("recovery_pause_seconds_bucket", "a", ',le="+Inf"') == 1
+    assert seen.of("waiting_seconds", "a") == 0
+
+
 def test_without_an_address_nothing_listens_and_nothing_is_loaded(daemon: Daemon) -> None:
     assert daemon.process is not None
     libraries = Path(f"/proc/{daemon.process.pid}/maps").read_text()

@@ -213,6 +213,13 @@ def queries(data: object) -> list[str]:
     return own + [query for part in data.values() for query in queries(part)]
 
 
+def test_every_alert_is_explained() -> None:
+    rules = yaml.safe_load((ROOT / "observability/storaged.rules.yml").read_text())
+    alerts = [rule["alert"] for group in rules["groups"] for rule in group["rules"]]
+    explained = re.findall(r"^\| `(Storaged\w+)` \|", (ROOT / "docs/metrics.md").read_text(), re.MULTILINE)
+    assert alerts == explained
+
+
 def test_the_dashboard_has_an_expression_and_a_place_for_each_panel() -> None:
     dashboard = json.loads((ROOT / "observability/grafana-dashboard.json").read_text())
     panels = dashboard["panels"]

@@ -131,7 +131,8 @@ def test_a_client_that_takes_its_answer_slowly_is_dropped(monkeypatch: pytest.Mo
         assert 0 < received < 64 << 20
 
 
-def test_when_there_are_too_many_clients_the_slowest_makes_room() -> None:
+def test_when_there_are_too_many_clients_the_slowest_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "REQUEST_TIME", 60)
     with serving() as server:
         idle = [connect(server) for _ in range(http.MOST_CLIENTS)]
         try:
