@@ -138,6 +138,22 @@ def test_a_successor_finds_the_same_images_or_refuses(daemon: Daemon, chain: Cha
     daemon.detach("a", force=True)
 
 
+def test_an_image_that_has_grown_is_served_at_its_old_size_on_the_same_images(daemon: Daemon, chain: Chain) -> None:
+    daemon.attach("a", chain.source, format="qcow2", options=chain.allowed)
+    chain.servers[1].kill()
+    run("qemu-img", "resize", "-q", "-f", "qcow2", chain.top, "24M")
+    os.truncate(chain.top, 32 * MIB)
+    chain.servers[1].start()
+    former = daemon.kill_qsd("a")
+    eventually(lambda: daemon.replaced("a", former), "replaced")
+    shown = daemon.show("a")
+    assert (shown["size"], shown["layers"][0]["virtual_size"]) == (16 * MIB, 24 * MIB)
+    assert reads(shown["device"], MIB, 4096) == OF_MIDDLE
+    daemon.cli("resize", "a", "24M")
+    assert daemon.show("a")["layers"][0]["virtual_size"] == 24 * MIB
+    daemon.detach("a")
+
+
 def test_an_image_of_this_host_on_one_behind_a_server(daemon: Daemon, chain: Chain, place: Path) -> None:
     top = place / "local.qcow2"
     chain.stand(top, chain.below, "qcow2")
