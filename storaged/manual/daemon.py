@@ -53,8 +53,8 @@ def page(date: str) -> Page:
     )
     page.paragraph(
         "Volumes do not depend on it: they stay attached and go on working when it ends, is killed, restarted or "
-        "upgraded, and the next one takes them over. So its unit, storaged.service, says `KillMode=process`. One daemon "
-        "runs for each `--root`."
+        "upgraded, and the next one takes them over. So its unit, storaged.service, says `KillMode=process`. One "
+        "daemon runs for each `--root`."
     )
     for heading, entries in (
         ("files", FILES), ("signals", SIGNALS), ("exit status", STATUS), ("environment", ENVIRONMENT)
