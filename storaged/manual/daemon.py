@@ -52,9 +52,9 @@ def page(date: str) -> Page:
         "the foreground as root, and logs to standard error."
     )
     page.paragraph(
-        "Volumes do not depend on it: they stay attached and go on working when it ends, is killed, restarted or "
-        "upgraded, and the next one takes them over. So its unit, storaged.service, says `KillMode=process`. One "
-        "daemon runs for each `--root`."
+        "Volumes do not depend on it: they stay attached and go on working when it ends, is killed, restarted "
+        "or upgraded, and the next one takes them over. So its unit, storaged.service, says `KillMode=process`. "
+        "One daemon runs for each `--root`."
     )
     for heading, entries in (
         ("files", FILES), ("signals", SIGNALS), ("exit status", STATUS), ("environment", ENVIRONMENT)

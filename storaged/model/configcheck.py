@@ -72,7 +72,21 @@ def check_files(files: Sequence[tuple[str, bytes]]) -> tuple[Config | None, list
         merged = _merge(merged, values)
     if problems:
         return None, problems
-    return msgspec.convert(merged, Config), []
+    config = msgspec.convert(merged, Config)
+    if (said := config.metrics.problem()) is not None:
+        where = ("metrics", "listen")
+        path, line = _said_last(files, where)
+        return None, [Problem(path, line, ".".join(where), f"metrics.listen: {said[0]}", said[1])]
+    return config, []
+
+
+def _said_last(files: Sequence[tuple[str, bytes]], where: tuple[str, ...]) -> tuple[str, int | None]:
+    """The file, and the line in it, whose word counts for a key."""
+    for path, text in reversed(files):
+        lines = _lines_of_keys(text.decode())
+        if where in lines:
+            return path, lines[where]
+    return files[-1][0], None
 
 
 def check_file(
