@@ -49,8 +49,7 @@ class Bar:
         self._bar: Any = None
         self._lock = threading.Lock()
         self._ended = threading.Event()
-        # What hangs says nothing by itself.
-        threading.Thread(target=self._watch, daemon=True).start()
+        self._watcher: threading.Thread | None = None
 
     def at(self, percentage: float) -> None:
         """Show how far it is."""
@@ -76,7 +75,7 @@ class Bar:
                 self._bar = _rich_bar()
             if self._bar is not None:
                 self._bar.start()
-                self._bar.add_task("")
+                self._bar.add_task(render.clean(self._what), total=None)
         self._show(self._what, self._percentage)
         while self._lines and self._bar is None and not self._ended.wait(_LINE_EVERY):
             so_far = "" if self._percentage < 0 else f": {self._percentage:.0f}%"
@@ -85,6 +84,10 @@ class Bar:
     def _show(self, what: str, percentage: float) -> None:
         with self._lock:
             self._what, self._percentage = what, percentage
+            if self._watcher is None:
+                # What hangs says nothing by itself. Not before: a password may have been asked for.
+                self._watcher = threading.Thread(target=self._watch, daemon=True)
+                self._watcher.start()
             if self._bar is not None:
                 self._bar.update(
                     self._bar.task_ids[0], description=render.clean(what),

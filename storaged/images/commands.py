@@ -43,14 +43,15 @@ class Task:
 
 @contextlib.contextmanager
 def opened(
-    task: Task, operands: list[Operand], *, place: Workspace | None = None, shares: bool = False, commits: bool = False
+    task: Task, operands: list[Operand], *, place: Workspace | None = None, shares: bool = False, commits: bool = False,
+    pinned: bool = True,
 ) -> Iterator[Provided]:
     """Lock the images, and yield what qemu-img needs for them; of images behind servers the header was looked at."""
     with contextlib.ExitStack() as stack:
         place = place or stack.enter_context(workspace(task.layout))
         given = stack.enter_context(provided(
             operands, place, task.layout, task.config, owner=task.owner, shares=shares, commits=commits,
-            progress=task.doing,
+            pinned=pinned, progress=task.doing,
         ))
         task.doing(f"opening {operands[0].shown()}")
         for one in operands:
@@ -67,7 +68,8 @@ def info(task: Task, wish: Wish, *, backing_chain: bool, force_share: bool, as_j
     one = _checked(operand.look(wish, writable=False, alone=not backing_chain))
     found: list[dict[str, Any]] = []
     texts: list[str] = []
-    with opened(task, [one], shares=force_share) as given:
+    # By their paths: a relative name of a backing file is told with the directory that it is in.
+    with opened(task, [one], shares=force_share, pinned=False) as given:
         for node in _layers(given.nodes[one.spec.name]):
             words = ["--force-share"] if force_share else []
             name = arguments.filename(node)

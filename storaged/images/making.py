@@ -21,6 +21,9 @@ from storaged.model.formats import COPY_ON_WRITE, Format
 from storaged.model.sizes import parse_size
 from storaged.supervisor import opening
 
+#: Options that say that an image of another format is encrypted.
+_ENCRYPTED = frozenset({"encrypt", "rbd-encrypt"})
+
 
 @dataclass(frozen=True)
 class Backing:
@@ -93,7 +96,7 @@ def _words(manner: Manner, backing: Backing | None, *, is_new: bool, target: Ope
     words = []
     if backing is not None:
         words += ["-B", backing.path, "-F", str(backing.format)]
-    elif is_new and target.spec.format is not Format.LUKS and "encrypt" not in target.spec.options:
+    elif is_new and target.spec.format is not Format.LUKS and not _ENCRYPTED & target.spec.options.keys():
         # What was just made has no other content; zeroes need not be written. (Under encryption they are not zeroes.)
         words.append("--target-is-zero")
     if manner.compress:

@@ -48,7 +48,11 @@ def new_file(path: str, format: Format) -> Iterator[str]:
             if part != path:
                 _rename(part, path)
             sync_directory(directory)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, StoragedError):
+                error.message, error.cause, error.hint = (
+                    text.replace(part, path) for text in (error.message, error.cause, error.hint)
+                )
             with contextlib.suppress(OSError):
                 seen = os.stat(part)
                 if (seen.st_dev, seen.st_ino) == made:

@@ -52,6 +52,7 @@ def run(
     except BaseException:
         _end(child)
         raise
+    text, talk = given.readable(text), given.readable(talk)
     if status not in accept:
         raise failure(command, talk, status)
     return Outcome(status, text, talk)

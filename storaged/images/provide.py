@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,17 +24,20 @@ from storaged.backends.base import NetworkBackend
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import secrets, sshagent
 from storaged.host.atomic import write_atomic
+from storaged.host.identity import block_identity, file_identity
 from storaged.images import arguments
 from storaged.images.claims import refuse_attached
 from storaged.images.operand import Operand, together
 from storaged.images.workspace import Workspace
 from storaged.model.config import Config
+from storaged.model.formats import Format
 from storaged.model.layout import LOCK_DIR, Layout
 from storaged.qsd.version import parse_version
 from storaged.supervisor import fetching, opening
 
 #: Of its own environment, what is handed on.
 _ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "CREDENTIALS_DIRECTORY")
+_DESCRIPTOR = re.compile(r"/dev/fd/([0-9]+)\b")
 #: Seconds that the fetching of a source may take which has to be fetched whole. Its own time-out ends one that stands.
 _LONGEST_FETCH = 7 * 86400.0
 
@@ -54,16 +59,23 @@ class Provided:
     names: dict[str, str] = field(default_factory=dict)
     """What stands for each image on the command line, by the name of its wish."""
     nodes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    paths: dict[int, str] = field(default_factory=dict)
+    """Of files of this host that are handed on open: descriptor → path."""
+
+    def readable(self, text: str) -> str:
+        """Return what qemu-img says with the paths of files in place of their descriptors."""
+        return _DESCRIPTOR.sub(lambda found: self.paths.get(int(found[1]), found[0]), text)
 
 
 @contextlib.contextmanager
 def provided(
     operands: list[Operand], place: Workspace, layout: Layout, config: Config, *, owner: str, shares: bool = False,
-    commits: bool = False, progress: Callable[[str], None] = lambda text: None,
+    commits: bool = False, pinned: bool = True, progress: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Provided]:
     """Take the locks of all images, and yield what qemu-img is given for them. Blocks.
 
-    ``shares``: take no lock, for who only looks at a header that somebody else may change meanwhile.
+    ``shares``: take no lock, for who only looks at a header that somebody else may change meanwhile. ``pinned``: hand
+    on the files themselves, so that none can take the place of what was looked at and locked.
     Raises SOURCE_IN_USE, OPEN_FAILED, UNSUPPORTED, QSD_MISSING.
     """
     found = Provided(find_program(operands, config), place.path, place.lock)
@@ -79,7 +91,7 @@ def provided(
         # Whose copy of a descriptor is closed last lets go of the workspace.
         found.inherited.append(place.lock)
         for operand in operands:
-            _give(operand, found, place, stack, commits=commits, progress=progress)
+            _give(operand, found, place, stack, commits=commits, pinned=pinned, progress=progress)
         yield found
 
 
@@ -122,7 +134,7 @@ def beside(program: str, name: str) -> str | None:
 
 
 def _give(
-    operand: Operand, found: Provided, place: Workspace, stack: contextlib.ExitStack, *, commits: bool,
+    operand: Operand, found: Provided, place: Workspace, stack: contextlib.ExitStack, *, commits: bool, pinned: bool,
     progress: Callable[[str], None],
 ) -> None:
     spec, wanted = operand.spec, operand.opened
@@ -161,8 +173,41 @@ def _give(
     objects += others[len(needed.secrets):]
     found.objects += arguments.object_words([{**one, "id": operand.prefix + one["id"]} for one in objects])
     node = arguments.renamed(node, operand.prefix)
+    if pinned:
+        node = _pinned(node, wanted, found, stack)
     found.nodes[spec.name] = node
     found.names[spec.name] = arguments.filename(arguments.committable(node) if commits else node)
+
+
+def _pinned(
+    node: dict[str, Any], wanted: opening.Opening, found: Provided, stack: contextlib.ExitStack
+) -> dict[str, Any]:
+    """Return the tree with open descriptors for paths. Raises SOURCE_CHANGED where a path leads elsewhere by now.
+
+    An attach looks afterwards what QSD has open (opening.opened_as_wanted); qemu-img would be at work by then. What is
+    opened as /dev/fd/N is the very same file. Not so with vmdk, whose parts are found beside its path.
+    """
+    if node.get("driver") in ("file", "host_device"):
+        path = node["filename"]
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        stack.callback(os.close, fd)
+        seen = os.fstat(fd)
+        identity = (
+            block_identity(seen.st_rdev) if stat.S_ISBLK(seen.st_mode) else file_identity(seen.st_dev, seen.st_ino)
+        )
+        if identity not in wanted.files:
+            raise StoragedError(
+                ErrorCode.SOURCE_CHANGED, f"{path} was replaced while it was looked at",
+                hint="try again when nobody moves files there",
+            )
+        found.inherited.append(fd)
+        found.paths[fd] = path
+        return {**node, "filename": f"/dev/fd/{fd}"}
+    return {
+        key: _pinned(value, wanted, found, stack)
+        if isinstance(value, dict) and not (key == "file" and node.get("driver") == Format.VMDK) else value
+        for key, value in node.items()
+    }
 
 
 def _fetched(done: int, total: int | None) -> str:

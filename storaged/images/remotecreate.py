@@ -65,12 +65,14 @@ def steps(
     found: list[dict[str, Any]] = []
     format, mine = operand.spec.format, dict(options)
     if not is_there:
-        location = {key: value for key, value in node.items() if key not in _GENERAL}
+        # Of an rbd image the encryption is no part of where it is: there QEMU would leave it out without a word.
+        location = {key: value for key, value in node.items() if key not in (*_GENERAL, "encrypt")}
+        encrypt = {"encrypt": node["encrypt"]} if "encrypt" in node else {}
         # Of a format's container the size is its own, and grows; an rbd image has to begin with one.
         raw = format is Format.RAW
         length = size if raw or node["driver"] == "rbd" else 0
         own = creation(format, mine) if raw else {}
-        found.append({"driver": node["driver"], "location": location, "size": length, **own})
+        found.append({"driver": node["driver"], "location": location, "size": length, **encrypt, **own})
         if raw:
             return found
     if format is not Format.RAW:

@@ -5,6 +5,7 @@ storaged.toml(5), the JSON schema, ``storaged config check`` and the reload are 
 
 from __future__ import annotations
 
+from enum import Enum
 from ipaddress import ip_address
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -119,6 +120,8 @@ class Key:
     def choices(self) -> str:
         """What it may be, where that is a list."""
         inner = get_args(self.type)[0] if get_origin(self.type) is Annotated else self.type
+        if isinstance(inner, type) and issubclass(inner, Enum):
+            return ", ".join(inner)
         return ", ".join(get_args(inner)) if get_origin(inner) is Literal else ""
 
     @property
@@ -156,7 +159,7 @@ def is_table(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, msgspec.Struct)
 
 
-def tables() -> dict[tuple[str, ...], type[msgspec.Struct]]:
+def tables(top: type[msgspec.Struct] = Config) -> dict[tuple[str, ...], type[msgspec.Struct]]:
     """All tables by their names; () is the file itself."""
     found: dict[tuple[str, ...], type[msgspec.Struct]] = {}
 
@@ -166,7 +169,7 @@ def tables() -> dict[tuple[str, ...], type[msgspec.Struct]]:
             if is_table(annotation):
                 visit(annotation, (*path, name))
 
-    visit(Config, ())
+    visit(top, ())
     return found
 
 

@@ -17,6 +17,10 @@ from typing import Any
 
 import pytest
 
+from storaged.images.commands import Task, opened
+from storaged.images.operand import Wish, look
+from storaged.images.process import run as run_qemu_img
+from storaged.model.config import Config
 from tests.harness import (
     Daemon,
     as_json,
@@ -128,6 +132,10 @@ def test_what_is_there_is_not_overwritten_but_written_into_with_n(root: Daemon, 
         assert target.read_bytes() == before
     image_command(root, "convert", "-n", source, target)
     assert target.read_bytes() == source.read_bytes() + before[2 * MIB:]
+    error = failure(root, "create", "-o", "foo=1", place / "d.qcow2", "1M")
+    assert error["code"] == "image-failed"
+    assert f"{place}/d.qcow2: Invalid parameter 'foo'" in error["text"]
+    assert sorted(path.name for path in place.glob("*d*")) == []
     small = data(place / "c.raw", 1)
     error = failure(root, "convert", "-n", source, small)
     assert error["code"] == "image-failed"
@@ -434,7 +442,7 @@ def test_an_image_goes_to_vitastor_by_the_qemu_img_of_its_build(root: Daemon, pl
     *_, words = (as_json(line) for line in log.read_text().splitlines())
     assert words[:5] == ["convert", "-p", "-n", "-O", "raw"]
     read, written = (as_json(word.removeprefix("json:")) for word in words[5:7])
-    assert (read["driver"], read["read-only"], read["file"]["filename"]) == ("qcow2", True, str(source))
+    assert (read["driver"], read["read-only"], read["file"]["filename"][:8]) == ("qcow2", True, "/dev/fd/")
     assert read["backing"] is None
     assert written["driver"] == "raw"
     assert written["file"] == {
@@ -452,6 +460,19 @@ def test_an_image_goes_to_vitastor_by_the_qemu_img_of_its_build(root: Daemon, pl
     assert as_json(words[9].removeprefix("json:"))["file"]["skip-parents"] == 1
     made = told(root, "info", place / "testimg.qcow2")
     assert (made["cluster-size"], made["backing-filename"]) == (4096, str(base))
+
+
+def test_a_file_that_takes_the_place_of_the_one_that_was_looked_at_is_not_opened(root: Daemon, place: Path) -> None:
+    disk, other = data(place / "a.raw", 1), data(place / "b.raw", 1)
+    before = other.read_bytes()
+    task = Task(root.layout, Config(), "test", lambda _: None, lambda _: None, lambda _: None)
+    operand = look(Wish(str(disk)), writable=True)
+    with opened(task, [operand]) as given:
+        # From here on it may.
+        os.replace(other, disk)
+        run_qemu_img("resize", [given.names["image"], "2M"], given)
+    assert disk.read_bytes() == before
+    assert error_of(lambda: opened(task, [operand]).__enter__()).code == "source-changed"
 
 
 def test_it_works_without_a_daemon(root: Daemon, place: Path) -> None:

@@ -170,3 +170,29 @@ def test_what_is_wrong_with_all_files_together_is_said_where_it_was_said_last() 
     config, problems = check_files([("/f", protected), ("/f.d/a", b'[metrics]\nlisten = "[::]:1"\n')])
     assert config is not None
     assert problems == []
+
+
+def test_the_files_of_volumes_are_checked_too(layout: Layout, capsys: pytest.CaptureFixture[str]) -> None:
+    root = layout.config_dir.removesuffix("/etc/storaged")
+    os.makedirs(layout.volume_files)
+    wrong = {
+        "keys.toml": 'sorce = "/a"\nread_only = "yes"\nformat = "qcow3"\n',
+        "option.toml": 'source = "/a"\noptions = { cahce = "none" }\n',
+        "scheme.toml": 'source = "nosuch://x"\n',
+        "-name.toml": 'source = "/a"\n',
+        "empty.toml": "",
+    }
+    for name, text in {**wrong, "good.toml": 'source = "/a"\noptions = { cache = "none" }\n', ".x.toml": "="}.items():
+        Path(f"{layout.volume_files}/{name}").write_text(text)
+    assert main(["--root", root, "config", "check"]) == 1
+    said = capsys.readouterr().out
+    assert f"{layout.volume_files}/keys.toml:1: unknown key 'sorce' (did you mean source?)" in said
+    assert "keys.toml:2: read_only: expected `bool`, got `str`" in said
+    assert "keys.toml:3: format: " in said
+    assert "raw, qcow2" in said
+    for name, what in {"option": "'cahce'", "scheme": "nosuch", "-name": "name", "empty": "`source`"}.items():
+        (line,) = [line for line in said.splitlines() if f"/{name}.toml" in line]
+        assert what in line
+    assert "good" not in said
+    assert main(["--root", root, "config", "check", f"{layout.volume_files}/good.toml"]) == 0
+    assert main(["--root", root, "config", "check", f"{layout.volume_files}/empty.toml"]) == 1

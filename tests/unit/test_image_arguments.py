@@ -204,6 +204,10 @@ def test_what_is_behind_a_server_is_made_and_then_its_format() -> None:
     assert remotecreate.steps(one, node, 1 << 30, {}, is_there=True) == [
         {"driver": "qcow2", "file": node, "size": 1 << 30}
     ]
+    # Encrypted by librbd: as a part of the location it would be left out.
+    encrypt = {"format": "luks2", "key-secret": "k"}
+    made, _ = remotecreate.steps(one, {**node, "encrypt": encrypt}, 1 << 30, {}, is_there=False)
+    assert made == {"driver": "rbd", "location": {"pool": "p", "image": "i"}, "size": 1 << 30, "encrypt": encrypt}
     raw = operand.named(Wish("rbd:p/i"), writable=True)
     assert remotecreate.steps(raw, node, 512, {"cluster_size": "8M"}, is_there=False) == [
         {"driver": "rbd", "location": {"pool": "p", "image": "i"}, "size": 512, "cluster-size": 8 << 20}
