@@ -2,7 +2,7 @@
 # PYTEST_ARGS is handed to pytest: make test PYTEST_ARGS='-k vduse -x'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup servers demo test test-host test-vm test-vm-contract test-vm-system test-vm-bookworm test-faults vm-shell lint unit bench-attach bench-vm bench-recovery dkms deb clean
+.PHONY: help setup servers demo test test-host test-vm test-vm-contract test-vm-system test-vm-bookworm test-faults vm-shell lint unit bench-attach bench-vm bench-recovery bench-metrics dkms deb bench-backends clean
 # setup comes first in each list of prerequisites: never run them side by side.
 .NOTPARALLEL:
 
@@ -47,7 +47,6 @@ test-host: servers lint ## lint and the tests that run on this machine (root)
 test-vm: setup ## the tests that need the test machine, in it (root)
 	@scripts/vm test $(VM_TESTS) $(PYTEST_ARGS)
 	@scripts/power-cut --machine $(MACHINE)
-	@scripts/reboot-test --machine $(MACHINE)
 
 # The same in two machines, for CI: one waits more than half of the time, so that two side by side take little longer
 # than the longer of them. Each leaves its logs in a directory of its own.
@@ -93,6 +92,16 @@ bench-recovery: setup ## how long I/O waits when QSD dies or is rescued, in the 
 	@scripts/vm run 'python bench/recovery.py --json /run/json pause:vduse pause:nbd \
 		rescue:vduse rescue:nbd all:vduse all:nbd >&2 && cat /run/json' >.cache/bench/recovery.json
 	$(VENV)/python bench/recovery.py calls:fuse all:fuse
+
+bench-metrics: setup ## how long a scrape of 500 volumes takes, and what it holds up (root)
+	$(VENV)/python bench/metrics.py --real 100
+
+# The machine "bench" is trixie with the servers, and with a fio that has their engines, as it is built here.
+bench-backends: servers ## devices against each backend's own library, here and in a test machine (root, 40 minutes)
+	@bench/fio-engines .cache/bench/fio
+	$(VENV)/python bench/backends.py --fio .cache/bench/fio/fio --json .cache/bench/backends-fuse.json
+	@scripts/vm --machine bench run --steady 'python bench/backends.py --fio /opt/fio/fio --transport vduse,nbd \
+		--rounds 3 --seconds 1 --mib 64 --json /run/json >&2 && cat /run/json' >.cache/bench/backends-vm.json
 
 dkms: ## make the Debian package that gives Debian 12's kernel VDUSE (kernel-config/dkms)
 	@scripts/dkms-deb

@@ -27,9 +27,12 @@ QSD = "qemu-storage-daemon"
 class Daemon:
     """A daemon with directories of its own, below /run: a tmpfs, where the real one has them too."""
 
-    def __init__(self) -> None:
+    def __init__(self, configuration: str = "") -> None:
+        """``configuration``: the content of its storaged.toml."""
         self.root = Path(tempfile.mkdtemp(prefix="storaged-bench-", dir="/run"))
         self.layout = Layout.below(str(self.root))
+        os.makedirs(self.layout.config_dir)
+        Path(self.layout.config_file).write_text(configuration)
         self.process = subprocess.Popen(
             [STORAGED, "--root", str(self.root), "daemon"], stdout=subprocess.DEVNULL,
             stderr=open(self.root / "log", "wb"),  # noqa: SIM115  # the child's

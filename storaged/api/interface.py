@@ -249,7 +249,7 @@ class StoragedInterface(VarlinkInterface):
 
     @varlinkmethod(return_parameter="reloaded")
     async def Reload(self) -> Reloaded:
-        """Read the configuration again, as at SIGHUP. Where a file is wrong nothing is changed."""
+        """Read the configuration and the files of volumes again, as at SIGHUP. With a wrong file nothing is changed."""
         raise NotImplementedError
 
     @varlinkmethod(return_parameter="event", delay_generator=False)

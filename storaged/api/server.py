@@ -73,11 +73,15 @@ def _translated(method: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Coro
     async def translate(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return await method(*args, **kwargs)
-        except StoragedError as error:
-            raise _reply_of(error) from error
         except Exception as error:
-            log.exception("a bug in a method of the API")
-            raise _reply_of(bug(error)) from error
+            if isinstance(error, StoragedError):
+                failure = error
+            else:
+                log.exception("a bug in a method of the API")
+                failure = bug(error)
+            if isinstance(service := args[0], Service):
+                service.count(failure.code)
+            raise _reply_of(failure) from error
 
     translate.__name__, translate.__doc__ = method.__name__, method.__doc__
     translate.__wrapped__ = method  # type: ignore[attr-defined]  # asyncvarlink reads the signature through it
@@ -204,6 +208,10 @@ class Service(interface.StoragedInterface):
         async with contextlib.aclosing(self._manager.environment.events.watch(name)) as events:
             async for event in events:
                 yield interface.Event(event.time, event.volume, event.kind, event.state, event.message)
+
+    def count(self, code: ErrorCode) -> None:
+        """A caller is answered with an error."""
+        self._manager.environment.counts.request_failed(code)
 
     def _describe(self, volume: Volume, *, with_history: bool = False) -> interface.Volume:
         spec, record, layout = volume.spec, volume.attachment.record, self._manager.environment.layout

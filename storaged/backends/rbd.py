@@ -23,6 +23,8 @@ from storaged.errors import ErrorCode, StoragedError
 
 DEFAULT_USER = "admin"
 OPEN_TIMEOUT = 10
+#: Seconds after which a request of the program rbd fails.
+_INQUIRY = "10"
 #: QSD's monitor stands still while it opens: not for longer than a user would wait.
 _LONGEST_OPEN = 60
 _LONGEST_REQUEST = 86400
@@ -219,7 +221,8 @@ class RbdBackend(NetworkDefaults):
             return Inquiry(
                 "rbd", "ceph-common", (*command, "--format", "json", *words), understand,
                 secret_files={"cephx-key-file": "--keyfile"} if "cephx-key-file" in options else {},
-                environment=self.requirements(location, options).environment,
+                # It ends by itself, even if nobody is there any more to end it.
+                environment=self.requirements(location, {**options, "request-timeout": _INQUIRY}).environment,
             )
 
         def number_of_snapshot(text: bytes) -> str:

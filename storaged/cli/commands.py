@@ -332,17 +332,22 @@ def _config(args: argparse.Namespace) -> int:
         return 0
     from dataclasses import asdict
 
+    from storaged.cli.volumefiles import check_volume_file, volume_files
     from storaged.host.configfiles import check_config, config_files
 
     layout, named = layout_of(args), absolute(args.config) if args.config else None
-    _config_as_used, problems = check_config(layout, named)
+    if named and os.path.basename(os.path.dirname(named)) == "volumes":
+        files, problems = [named], check_volume_file(named)
+    else:
+        volumes = [] if named else volume_files(layout)
+        files = config_files(layout, named) + volumes
+        problems = check_config(layout, named)[1] + [wrong for path in volumes for wrong in check_volume_file(path)]
     if args.json:
         render.write_json([asdict(problem) for problem in problems])
     elif problems:
         for problem in problems:
             render.write(render.clean(problem))
     else:
-        files = config_files(layout, named)
         render.write(render.clean(f"{', '.join(files) or 'no file (all defaults)'}: nothing is wrong"))
     return 1 if problems else 0
 

@@ -185,8 +185,13 @@ def _config(commands: _Commands[argparse.ArgumentParser]) -> None:
     command = _command(commands, "config", "check the daemon's configuration, or describe it")
     actions = command.add_subparsers(dest="action", metavar="ACTION", required=True, title="actions")
 
-    action = _command(actions, "check", "check storaged.toml and its drop-ins, and say all that is wrong")
-    action.add_argument("config", metavar="FILE", nargs="?", help="default: /etc/storaged/storaged.toml")
+    action = _command(
+        actions, "check", "check storaged.toml, its drop-ins and the files of volumes, and say all that is wrong"
+    )
+    action.add_argument(
+        "config", metavar="FILE", nargs="?",
+        help="a storaged.toml, or a volume's file in a directory volumes (default: all of /etc/storaged)",
+    )
     _json(action, "print an array of problems")
 
     _command(actions, "schema", "print the JSON schema of storaged.toml")

@@ -27,7 +27,7 @@ def check_config(layout: Layout, config_file: str | None) -> tuple[Config | None
 
     Raises INVALID_ARGUMENT for a file that cannot be read.
     """
-    files = [(path, _content(path)) for path in config_files(layout, config_file)]
+    files = [(path, read_config(path)) for path in config_files(layout, config_file)]
     config, problems = check_files(files)
     if config is not None and config.socket_group is not None and not _is_group(config.socket_group):
         said_in = next((path for path, text in reversed(files) if b"socket_group" in text), "")
@@ -60,7 +60,8 @@ def config_files(layout: Layout, config_file: str | None) -> list[str]:
     return files + [f"{path}.d/{name}" for name in names if name.endswith(".toml") and not name.startswith(".")]
 
 
-def _content(path: str) -> bytes:
+def read_config(path: str) -> bytes:
+    """The content of a file. Raises INVALID_ARGUMENT."""
     try:
         with open(path, "rb") as file:
             return file.read()

@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import stat
+from dataclasses import dataclass
 
 from storaged.model.record import ProcessIdentity
+
+_TICKS = os.sysconf("SC_CLK_TCK")
+_PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def identify(pid: int) -> ProcessIdentity | None:
@@ -23,6 +27,32 @@ def identify(pid: int) -> ProcessIdentity | None:
     return ProcessIdentity(
         pid=pid, start_time=int(fields[19]), exe_device=executable.st_dev, exe_inode=executable.st_ino
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a process has used of the processors (seconds), and has in memory now (bytes)."""
+
+    cpu: float
+    resident: int
+
+
+def usage(who: ProcessIdentity) -> Usage | None:
+    """Return what exactly this process uses, None if it is gone. Never blocks, as :func:`thread_states`.
+
+    Fields 14, 15, 22 and 24 of /proc/PID/stat (proc_pid_stat(5)). Whose start time is another one got its number.
+    """
+    try:
+        fd = os.open(f"/proc/{who.pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fields = os.read(fd, 4096).rpartition(b")")[2].split()
+        finally:
+            os.close(fd)
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    if len(fields) < 22 or int(fields[19]) != who.start_time:
+        return None
+    return Usage((int(fields[11]) + int(fields[12])) / _TICKS, int(fields[21]) * _PAGE)
 
 
 def thread_states(pid: int) -> str:

@@ -7,6 +7,17 @@ from typing import Any
 
 from storaged.manual.roff import Page
 from storaged.model.config import Key, keys, tables
+from storaged.model.volumefile import VolumeFile
+
+_VOLUME = {
+    "source": "where the data is, see storaged-sources(7)",
+    "format": "the image's format, raw where nothing is said",
+    "transport": "the way onto the host, auto where nothing is said",
+    "read_only": "true: the device refuses writes",
+    "snapshot": "true: writable, and the changes are thrown away at detach",
+    "snapshot_dir": "where a snapshot keeps the changes",
+    "options": "a table of what `-o` takes; a value is a text, a number, or true (on) or false (off)",
+}
 
 
 def page(date: str) -> Page:
@@ -36,6 +47,18 @@ def page(date: str) -> Page:
         for key in keys():
             if key.table == table:
                 _describe(page, key)
+    page.heading("volumes")
+    page.paragraph(
+        "A file /etc/storaged/volumes/NAME.toml is a volume that is attached at each boot. Its keys are what `storaged "
+        "attach` takes; `source` alone must be there."
+    )
+    for key in keys(VolumeFile):
+        page.term(key.name, _VOLUME[key.name] + (f" ({key.choices})" if key.choices else ""))
+    page.example("""
+        source = "nbd://server/export"
+        format = "raw"
+        options = { cache = "none", open-timeout = 20 }
+    """)
     page.heading("reload")
     page.paragraph(
         "`storaged daemon --reload`, or SIGHUP, has the daemon read the files again. The command and the log say which "

@@ -8,12 +8,14 @@ from storaged.model.layout import LOCK_DIR, Layout
 _LAYOUT = Layout.below(None)
 FILES = {
     _LAYOUT.config_file: "The configuration, storaged.toml(5), and its drop-ins in storaged.toml.d beside it.",
+    f"{_LAYOUT.volume_files}/NAME.toml": "A volume that is attached at each boot, see storaged.toml(5).",
     f"{_LAYOUT.dev_dir}/NAME": "A link to the device of a volume; NAME-partN to its partitions.",
     _LAYOUT.socket: "The socket of the Varlink interface io.storaged, mode 0660.",
     f"{_LAYOUT.volumes_dir}/NAME/": "Of a volume that is attached: the sockets, the log and the record of its "
     "qemu-storage-daemon. Gone after a reboot.",
     f"{_LAYOUT.vm_sockets_dir}/NAME.sock": "The socket of a volume for a virtual machine.",
     f"{_LAYOUT.desired_volatile}/": "The wishes of volumes without `--persist`. Gone after a reboot.",
+    f"{_LAYOUT.detached_marks}/": "Which volumes with such a file were detached since the boot.",
     f"{LOCK_DIR}/": "One lock for each source in use, whatever `--root` says.",
     f"{_LAYOUT.desired_persistent}/": "The wishes of volumes with `--persist`.",
     f"{_LAYOUT.snapshots_dir}/": "The overlays of `--snapshot`, where nothing else was said.",
@@ -32,6 +34,7 @@ STATUS = {
 ENVIRONMENT = {
     "STORAGED_ROOT": "The default of `--root`.",
     "CREDENTIALS_DIRECTORY": "Where `credential:NAME` is looked for; systemd sets it for LoadCredential=.",
+    "NOTIFY_SOCKET, WATCHDOG_USEC, LISTEN_FDS": "As systemd sets them (sd_notify(3), sd_listen_fds(3)).",
     "PATH": "Where qemu-storage-daemon is looked for.",
 }
 
@@ -49,9 +52,9 @@ def page(date: str) -> Page:
         "the foreground as root, and logs to standard error."
     )
     page.paragraph(
-        "Volumes do not depend on it: they stay attached and go on working when it ends, is killed, restarted or "
-        "upgraded, and the next one takes them over. So a unit for it says `KillMode=process`. One daemon runs for "
-        "each `--root`."
+        "Volumes do not depend on it: they stay attached and go on working when it ends, is killed, restarted "
+        "or upgraded, and the next one takes them over. So its unit, storaged.service, says `KillMode=process`. "
+        "One daemon runs for each `--root`."
     )
     for heading, entries in (
         ("files", FILES), ("signals", SIGNALS), ("exit status", STATUS), ("environment", ENVIRONMENT)

@@ -5,6 +5,8 @@ storaged.toml(5), the JSON schema, ``storaged config check`` and the reload are 
 
 from __future__ import annotations
 
+from enum import Enum
+from ipaddress import ip_address
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -36,10 +38,50 @@ class QsdConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return self.binaries.get(backend, self.binary)
 
 
+class MetricsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where Prometheus gets its metrics."""
+
+    listen: Annotated[str | None, Meta(
+        description="where metrics are served: ADDRESS:PORT, an IPv6 address in brackets; nowhere if it is not said",
+    )] = None
+    web_config: Annotated[AbsolutePath | None, Meta(
+        description="the file with certificates and passwords for that address, an absolute path, in the format of"
+        " Prometheus' exporters; needed beyond localhost. Its content may change at any time",
+    )] = None
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port of ``listen``. Raises ValueError."""
+        host, colon, port = (self.listen or "").rpartition(":")
+        if not colon or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+            raise ValueError("it must be ADDRESS:PORT")
+        bracketed = host.startswith("[") and host.endswith("]")
+        found = ip_address(host[1:-1] if bracketed else host)
+        if bracketed != (found.version == 6):
+            raise ValueError("an IPv6 address, and no other, stands in brackets")
+        return str(found), int(port)
+
+    def problem(self) -> tuple[str, str] | None:
+        """What is wrong with ``listen``, and a hint: no address, or one that all could read without being told so."""
+        if self.listen is None:
+            return None
+        try:
+            host, _ = self.address
+        except ValueError as error:
+            return str(error), "give an address and a port, as 127.0.0.1:9929 or [::1]:9929"
+        if self.web_config is not None or ip_address(host).is_loopback:
+            return None
+        return (
+            "whoever reaches that address could read the metrics, and web_config is missing",
+            "name a file with passwords and certificates; an empty one says that everybody may",
+        )
+
+
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """storaged.toml. Times in seconds."""
 
     qsd: QsdConfig = QsdConfig()
+    metrics: MetricsConfig = MetricsConfig()
     attach_timeout: Annotated[float, Meta(
         gt=0, le=86400, extra=_REQUESTS,
         description="seconds that an attach, a resize, a resume or an upgrade may take",
@@ -78,6 +120,8 @@ class Key:
     def choices(self) -> str:
         """What it may be, where that is a list."""
         inner = get_args(self.type)[0] if get_origin(self.type) is Annotated else self.type
+        if isinstance(inner, type) and issubclass(inner, Enum):
+            return ", ".join(inner)
         return ", ".join(get_args(inner)) if get_origin(inner) is Literal else ""
 
     @property
@@ -115,7 +159,7 @@ def is_table(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, msgspec.Struct)
 
 
-def tables() -> dict[tuple[str, ...], type[msgspec.Struct]]:
+def tables(top: type[msgspec.Struct] = Config) -> dict[tuple[str, ...], type[msgspec.Struct]]:
     """All tables by their names; () is the file itself."""
     found: dict[tuple[str, ...], type[msgspec.Struct]] = {}
 
@@ -125,7 +169,7 @@ def tables() -> dict[tuple[str, ...], type[msgspec.Struct]]:
             if is_table(annotation):
                 visit(annotation, (*path, name))
 
-    visit(Config, ())
+    visit(top, ())
     return found
 
 

@@ -67,15 +67,32 @@ def check_files(files: Sequence[tuple[str, bytes]]) -> tuple[Config | None, list
     merged: dict[str, Any] = {}
     problems: list[Problem] = []
     for path, text in files:
-        values, wrong = _check_file(path, text)
+        values, wrong = check_file(path, text)
         problems += wrong
         merged = _merge(merged, values)
     if problems:
         return None, problems
-    return msgspec.convert(merged, Config), []
+    config = msgspec.convert(merged, Config)
+    if (said := config.metrics.problem()) is not None:
+        where = ("metrics", "listen")
+        path, line = _said_last(files, where)
+        return None, [Problem(path, line, ".".join(where), f"metrics.listen: {said[0]}", said[1])]
+    return config, []
 
 
-def _check_file(path: str, data: bytes) -> tuple[dict[str, Any], list[Problem]]:
+def _said_last(files: Sequence[tuple[str, bytes]], where: tuple[str, ...]) -> tuple[str, int | None]:
+    """The file, and the line in it, whose word counts for a key."""
+    for path, text in reversed(files):
+        lines = _lines_of_keys(text.decode())
+        if where in lines:
+            return path, lines[where]
+    return files[-1][0], None
+
+
+def check_file(
+    path: str, data: bytes, struct: type[msgspec.Struct] = Config
+) -> tuple[dict[str, Any], list[Problem]]:
+    """Return what one file says, and all that is wrong in it; ``struct`` has the keys that it may have."""
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
@@ -89,25 +106,27 @@ def _check_file(path: str, data: bytes) -> tuple[dict[str, Any], list[Problem]]:
     except RecursionError:
         return {}, [Problem(path, None, "", "this is no TOML: it is nested too deeply")]
     lines = _lines_of_keys(text)
-    found = list(_check_table(values, ()))
+    found = list(_check_table(values, (), struct))
     return values, [Problem(path, _line_of(lines, where), ".".join(where), *said) for where, *said in found]
 
 
-def _check_table(values: Mapping[str, Any], table: tuple[str, ...]) -> Iterable[tuple[Any, ...]]:
+def _check_table(
+    values: Mapping[str, Any], table: tuple[str, ...], struct: type[msgspec.Struct]
+) -> Iterable[tuple[Any, ...]]:
     """Yield (path of the key, message, hint) for all that is wrong in a table."""
-    known = {key.name: key for key in keys() if key.table == table}
-    below = {path[-1] for path in tables() if path and path[:-1] == table}
+    known = {key.name: key for key in keys(struct) if key.table == table}
+    below = {path[-1] for path in tables(struct) if path and path[:-1] == table}
     for name, value in values.items():
         where = (*table, name)
         if name in below:
             if isinstance(value, dict):
-                yield from _check_table(value, where)
+                yield from _check_table(value, where, struct)
             else:
                 heading = f"[{'.'.join(where)}]"
                 yield where, f"{name} is a table, and this is not one", f"write {heading} on a line of its own"
         elif name not in known:
             what = f"unknown key {name!r}" + (f" in [{'.'.join(table)}]" if table else "")
-            yield where, what, _nearest(name, table, known.keys() | below)
+            yield where, what, _nearest(name, table, known.keys() | below, struct)
         elif message := _wrong_value(known[name], value):
             yield where, f"{known[name]}: {message}", f"one of {choices}" if (choices := known[name].choices) else ""
 
@@ -124,9 +143,9 @@ def _wrong_value(key: Key, value: object) -> str:
     return ""
 
 
-def _nearest(name: str, table: tuple[str, ...], known: Iterable[str]) -> str:
+def _nearest(name: str, table: tuple[str, ...], known: Iterable[str], struct: type[msgspec.Struct]) -> str:
     """A hint: the key that was probably meant."""
-    for key in keys():
+    for key in keys(struct):
         if key.name == name and key.table != table:
             place = f"in [{'.'.join(key.table)}]" if key.table else "before the first [table]"
             return f"{name} stands {place}"

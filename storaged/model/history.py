@@ -5,6 +5,7 @@ It is help, and no state: nothing is decided by it, and a journal that is lost o
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from enum import StrEnum
 
 import msgspec
@@ -15,6 +16,8 @@ LIMIT = 100
 _LONGEST = 1000
 #: Seconds within which the same thing is counted, and not told again.
 _ONE_STORY = 3600.0
+#: Upper bounds, in seconds, of the ranges in which pauses are counted; what is longer counts beyond the last.
+PAUSE_BOUNDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
 class Happening(StrEnum):
@@ -65,6 +68,9 @@ class _Stored(msgspec.Struct, kw_only=True):
     entries: list[Entry]
     counts: dict[str, int]
     paused: float | None = None
+    pauses: list[int] = []
+    pause_seconds: float = 0.0
+    waited: float = 0.0
 
 
 class History:
@@ -74,6 +80,10 @@ class History:
         self._entries: list[Entry] = []
         self._counts: dict[str, int] = {}
         self._paused: float | None = None
+        self._pauses = [0] * (len(PAUSE_BOUNDS) + 1)
+        self._pause_seconds = 0.0
+        self.waited = 0.0
+        """Seconds for which I/O has waited, also where that ended with errors: all pauses that are over."""
 
     @property
     def entries(self) -> tuple[Entry, ...]:
@@ -84,6 +94,20 @@ class History:
     def paused(self) -> float | None:
         """Seconds that I/O waited at the last recovery that says it; None if there was none."""
         return self._paused
+
+    @property
+    def pauses(self) -> tuple[int, ...]:
+        """How many recoveries had a pause up to each of PAUSE_BOUNDS, above the one before; last, the longer ones."""
+        return tuple(self._pauses)
+
+    @property
+    def pause_seconds(self) -> float:
+        """The sum of these pauses."""
+        return self._pause_seconds
+
+    def count(self, kind: Happening) -> int:
+        """How often this has happened."""
+        return self._counts.get(kind, 0)
 
     def counts(self) -> dict[str, int]:
         """Return how often each kind of thing has happened, also of what is no longer among the entries."""
@@ -103,6 +127,8 @@ class History:
         self._counts[kind] = self._counts.get(kind, 0) + 1
         if kind == Happening.RECOVERED and seconds is not None:
             self._paused = seconds
+            self._pauses[bisect_left(PAUSE_BOUNDS, seconds)] += 1
+            self._pause_seconds += max(0.0, seconds)
         newest = self._entries[-1] if self._entries else None
         # A clock that was set back makes no new story.
         if newest and (newest.kind, newest.message) == (kind, text) and now - newest.last <= _ONE_STORY:
@@ -116,7 +142,10 @@ class History:
 
     def encode(self) -> bytes:
         """Return the journal as JSON, for a file."""
-        return msgspec.json.encode(_Stored(entries=self._entries, counts=self._counts, paused=self._paused))
+        return msgspec.json.encode(_Stored(
+            entries=self._entries, counts=self._counts, paused=self._paused, pauses=self._pauses,
+            pause_seconds=self._pause_seconds, waited=self.waited,
+        ))
 
     @classmethod
     def decode(cls, data: bytes) -> History:
@@ -129,4 +158,7 @@ class History:
         history._entries = stored.entries[-LIMIT:]
         history._counts = stored.counts
         history._paused = stored.paused
+        if len(stored.pauses) == len(history._pauses):  # those of another version may have other bounds
+            history._pauses, history._pause_seconds = stored.pauses, stored.pause_seconds
+        history.waited = stored.waited
         return history

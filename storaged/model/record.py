@@ -43,6 +43,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """The block device, for example /dev/loop3, once there is one."""
     diskseq: int = 0
     """/sys/block/X/diskseq of that device: another number means that it is another disk by now."""
+    counted: list[int] = []
+    """/sys/block/X/stat of that device when it was made: a loop or NBD device keeps what its former users did."""
     direct_io: bool = False
     overlay: str | None = None
     served_by: ProcessIdentity | None = None
@@ -57,3 +59,5 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """The process is a rescue server: it has not opened the source, and fails all I/O."""
     settled: bool = False
     """QSD holds nothing in its memory that it has acknowledged: it has not exported yet, or has closed the source."""
+    open_seconds: float = 0.0
+    """How long QSD took to open the source, 0 before."""

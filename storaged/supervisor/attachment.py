@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from storaged.errors import ErrorCode, StoragedError
-from storaged.host import links, nbd
+from storaged.host import disk, links, nbd
 from storaged.model import blockdev
 from storaged.model.plan import Device, Observed, Qsd, Step
 from storaged.model.qemu_args import QemuArguments, qemu_arguments
@@ -86,7 +86,9 @@ class Attachment(Holding):
         found = self.transport.find_device(self.site, self.record)
         # Another one than that of the record: somebody has unbound it and bound it again.
         if found is not None and (found.device, found.diskseq) != (self.record.device, self.record.diskseq):
-            await self.note(device=found.device, diskseq=found.diskseq)
+            await self.note(
+                device=found.device, diskseq=found.diskseq, counted=_counted(found.device)
+            )
 
     async def _note_freed_devices(self) -> None:
         """A device that its last user has let go of may get another connection of ours: that one is none to ignore."""
@@ -155,7 +157,9 @@ class Attachment(Holding):
             found = self.transport.find_device(self.site, record)
             if record.device is None and found is not None and found.device is not None:
                 # The daemon died between the set-up and the record.
-                await self.note(device=found.device, diskseq=found.diskseq)
+                await self.note(
+                    device=found.device, diskseq=found.diskseq, counted=_counted(found.device)
+                )
             if record.served_by is not None:
                 # Nobody has watched its connection meanwhile: it gets a new one, which the kernel takes or drops.
                 await self.note(served_by=None)
@@ -212,7 +216,7 @@ class Attachment(Holding):
                 self.environment.fault("connect: made")
                 await self.note(
                     device=connected.device, diskseq=connected.diskseq, direct_io=connected.direct_io,
-                    socket=connected.socket,
+                    socket=connected.socket, counted=_counted(connected.device),
                     abandoned=[device for device in self.known().abandoned if device != connected.device],
                 )
                 if connected.served:
@@ -254,3 +258,8 @@ class Attachment(Holding):
         self.stop_protecting()
         self.environment.claims.drop(self.spec.name)
         await self.qsd.leave()
+
+
+def _counted(device: str | None) -> list[int]:
+    """What the kernel has counted of a device so far."""
+    return (disk.counters(device) or []) if device is not None else []

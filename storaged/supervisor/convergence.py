@@ -75,6 +75,16 @@ class Convergence(Actor):
         """What happened to the volume."""
         return self._journal.history
 
+    @property
+    def waiting(self) -> float:
+        """Seconds for which I/O has been waiting, 0 where it moves: for QSD, for its answer, for the storage below."""
+        return max(self._journal.pause, self._health.standstill)
+
+    @property
+    def waited(self) -> float:
+        """Seconds for which I/O has waited in the volume's life, the present pause included."""
+        return self.history.waited + self._journal.pause
+
     # Towards the goal -----------------------------------------------------------------------------------------
 
     def _set_back(self) -> None:
@@ -255,6 +265,7 @@ class Convergence(Actor):
         self._settle()
         if self.state in _SETTLED:
             return
+        self._environment.counts.volume_failed(error.code)
         news = self.failure is None or str(self.failure) != str(error)
         self.failure = error
         self._settle()

@@ -26,6 +26,7 @@ from storaged.host.unixsock import bind_unix
 from storaged.model.config import Config
 from storaged.model.layout import LOCK_DIR, Layout
 from storaged.observe import journald
+from storaged.observe.serving import serve_metrics
 from storaged.store.local import LocalStore
 from storaged.supervisor.environment import Environment
 from storaged.supervisor.events import EventHub
@@ -84,6 +85,7 @@ async def _serve(
         server = Server(manager, listener, group)
         await manager.start()
         server.start()
+        metrics = tasks.create_task(serve_metrics(manager), name="metrics")
         log.info(
             "ready, %d volumes, socket %s", len(manager.volumes()), layout.socket, extra=journald.about(event="ready")
         )
@@ -94,6 +96,7 @@ async def _serve(
         log.info("ending; volumes stay attached", extra=journald.about(event="ending"))
         service.tell("STOPPING=1", "STATUS=ending; volumes stay attached")
         watchdog.cancel()
+        metrics.cancel()
         reloads.cancel()
         await server.close()
         if ours:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from storaged.model.config import Config
 from storaged.model.layout import Layout
+from storaged.observe.counts import Counts
 from storaged.store.base import Store
 from storaged.store.files import VolumeFiles
 from storaged.supervisor.claims import Claims
@@ -28,6 +29,7 @@ class Environment:
     events: EventHub
     lock_directory: str
     claims: Claims = field(default_factory=Claims)
+    counts: Counts = field(default_factory=Counts)
     dead_links: DeadLinks = field(default_factory=DeadLinks)
     fault: Fault = no_fault
     config_file: str | None = None

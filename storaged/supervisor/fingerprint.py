@@ -13,7 +13,7 @@ import time
 from storaged.backends import find_backend
 from storaged.backends.base import Inquiry, NetworkBackend
 from storaged.errors import ErrorCode, StoragedError
-from storaged.host import secrets
+from storaged.host import protection, secrets
 from storaged.model.record import Record
 from storaged.model.spec import VolumeSpec
 
@@ -61,19 +61,24 @@ def _answer(inquiry: Inquiry, spec: VolumeSpec, directory: str, deadline: float)
     ]
     environment = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME")}
     try:
-        done = subprocess.run(
-            [program, *inquiry.arguments, *files], stdin=subprocess.DEVNULL, capture_output=True, check=False,
-            timeout=max(0.1, deadline - time.monotonic()), env={**environment, "LC_ALL": "C", **inquiry.environment},
+        child = subprocess.Popen(
+            [program, *inquiry.arguments, *files], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, env={**environment, "LC_ALL": "C", **inquiry.environment},
         )
-    except subprocess.TimeoutExpired:
-        raise _unanswered(inquiry, "it did not answer in time") from None
     except OSError as error:
         raise _unanswered(inquiry, error.strerror or str(error)) from error
-    if done.returncode:
-        lines = done.stderr.decode(errors="replace").strip().splitlines()
-        raise _unanswered(inquiry, lines[-1][:_LONGEST] if lines else f"status {done.returncode}")
+    protection.write_no_core(child.pid)
+    with child:
+        try:
+            told, complaint = child.communicate(timeout=max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            raise _unanswered(inquiry, "it did not answer in time") from None
+    if child.returncode:
+        lines = complaint.decode(errors="replace").strip().splitlines()
+        raise _unanswered(inquiry, lines[-1][:_LONGEST] if lines else f"status {child.returncode}")
     try:
-        return inquiry.understand(done.stdout)
+        return inquiry.understand(told)
     except (ValueError, LookupError, TypeError):
         raise _unanswered(inquiry, "what it printed is not understood") from None
 

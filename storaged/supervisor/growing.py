@@ -96,6 +96,7 @@ async def grow(held: Holding, size: int | None, timeout: float) -> int:
             "blockdev-reopen", {"options": [blockdev.unclipped_node(read_only=not spec.writes_source, cache=flags)]},
             timeout=timeout,
         )
+        held.environment.fault("resize: reopened")
     if size > present:
         # To the size that the source has already, this only tells whoever uses the disk.
         try:
@@ -104,6 +105,7 @@ async def grow(held: Holding, size: int | None, timeout: float) -> int:
             if error.code is ErrorCode.UNSUPPORTED and source is not None and size <= source:
                 raise _unseen(spec.name, error.cause) from error
             raise
+        held.environment.fault("resize: grown")
         await held.note(size=size, source_size=0)
     return size
 

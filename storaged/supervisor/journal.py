@@ -53,14 +53,22 @@ class Journal:
         if self._pause_began is None:
             self._pause_began = since
 
+    @property
+    def pause(self) -> float:
+        """Seconds for which I/O has been waiting, as far as is known; 0 where it does not wait."""
+        return 0.0 if self._pause_began is None else time.monotonic() - self._pause_began
+
     def end_pause(self, message: str) -> None:
         """I/O goes on, if it has waited."""
         if self._pause_began is not None:
-            self.add(Happening.RECOVERED, message, time.monotonic() - self._pause_began)
+            seconds = self.pause
+            self.add(Happening.RECOVERED, message, seconds)
+            self.history.waited += seconds
             self._pause_began = None
 
     def forget_pause(self) -> None:
         """What has waited was ended with errors."""
+        self.history.waited += self.pause
         self._pause_began = None
 
     async def load(self) -> None:

@@ -44,6 +44,8 @@ class Manager:
         self._actors: dict[str, asyncio.Task[None]] = {}
         self._blocking = BlockingCalls("storaged")
         self._files = Found()
+        #: They are read, or a mark is made: what is read before a mark and kept after it would undo it.
+        self._files_change = asyncio.Lock()
 
     async def start(self) -> None:
         """Find what is wished and what is left of earlier daemons, and let an actor adopt each.
@@ -52,10 +54,13 @@ class Manager:
         """
         for desired in await self._blocking("read the stored volumes", 60, self._collect):
             self._begin(Volume(desired, self.environment), adopt=True)
+        self._tell_bad_files()
 
     async def reload(self) -> None:
         """Read the files of volumes again, and attach what is new. What is attached stays as it is."""
-        self._files = await self._blocking("read the files of volumes", 60, self._read_files)
+        async with self._files_change:
+            self._files = await self._blocking("read the files of volumes", 60, self._read_files)
+        self._tell_bad_files()
         for name, spec in self._files.volumes.items():
             volume = self._volumes.get(name)
             if volume is None and name not in self._files.detached:
@@ -68,6 +73,7 @@ class Manager:
                     "volume %s: %s wishes for something else than what is attached (%s): detach it, and reload again",
                     name, self.environment.files.path(name), difference(volume.spec, spec), extra=about(name),
                 )
+        log.info("the files of volumes were reloaded, %d volumes", len(self._volumes))
 
     def volumes(self) -> list[Volume]:
         """All volumes, sorted by name."""
@@ -156,15 +162,23 @@ class Manager:
     async def _mark(self, name: str, *, detached: bool) -> None:
         """Remember whether a volume that has a file is wanted."""
         files = self.environment.files
-        await self._blocking("remember the detach", 30, files.mark_detached if detached else files.unmark, name)
-        marks = self._files.detached
-        self._files = replace(self._files, detached=marks | {name} if detached else marks - {name})
+        async with self._files_change:
+            await self._blocking("remember the detach", 30, files.mark_detached if detached else files.unmark, name)
+            marks = self._files.detached
+            self._files = replace(self._files, detached=marks | {name} if detached else marks - {name})
+
+    def _tell_bad_files(self) -> None:
+        for name, wrong in self._files.bad.items():
+            log.error(
+                "%s [%s]; %s", wrong, wrong.code, wrong.hint, extra=about(name, "failure", code=wrong.code.value)
+            )
+            self.environment.events.publish(name, "failure", "absent", str(wrong))
 
     async def persist(self, name: str, *, on: bool) -> Volume:
         """Attach a volume again at each boot, or do not. One that has a file and was detached is attached now.
 
-        Raises INVALID_ARGUMENT where a secret of it was typed, and UNSUPPORTED for one that has a file and shall not come
-        back: storaged does not write there.
+        Raises INVALID_ARGUMENT where a secret of it was typed, and UNSUPPORTED for one that has a file and shall not
+        come back: storaged does not write there.
         """
         path = self.file_of(name)
         if path is not None and not on:
@@ -299,7 +313,9 @@ class Manager:
                     environment.store_of(record.spec.persist).put(found[damaged.name])
         self._files = self._read_files()
         for name, spec in self._files.volumes.items():
-            if name not in found and name not in unknown and name not in self._files.detached:
+            # What cannot be told what it was, and is still there, is not to be guessed at.
+            in_doubt = name in unknown and os.path.lexists(layout.volume_dir(name))
+            if name not in found and not in_doubt and name not in self._files.detached:
                 found[name] = Desired(spec=spec)
                 try:
                     environment.volatile.put(found[name])
@@ -347,11 +363,6 @@ class Manager:
             except StoragedError as error:
                 volumes.pop(name, None)
                 bad[name] = error.at(volume=name)
-        for name, wrong in bad.items():
-            log.error(
-                "%s [%s]; %s", wrong, wrong.code, wrong.hint, extra=about(name, "failure", code=wrong.code.value)
-            )
-            self.environment.events.publish(name, "failure", "absent", str(wrong))
         return Found(volumes, bad, loaded.detached)
 
     def _after_boot(self, desired: Desired) -> Desired:

@@ -139,7 +139,7 @@ async def _kill_unopened(held: Holding) -> None:
 
 
 async def _open(held: Holding, wanted: opening.Opening, timeout: float) -> None:
-    spec = held.spec
+    spec, began = held.spec, time.monotonic()
     session = await held.qsd.session()
     for command, arguments in held.transport.setup(held.site, held.known()):
         await session.execute(command, arguments)
@@ -199,9 +199,12 @@ async def _open(held: Holding, wanted: opening.Opening, timeout: float) -> None:
             blockdev.clipped_node(size, read_only=not spec.writes_source, cache=opening.cache_flags(spec)),
             timeout=timeout,
         )
+    took = time.monotonic() - began
     which = await _tell_disk(held, wanted, timeout)
     # Once it is exported it may acknowledge writes: that it does waits for this to be on the disk.
-    held.note_meanwhile(size=size, source_size=source_size, fingerprint=which, settled=False)
+    held.note_meanwhile(
+        size=size, source_size=source_size, fingerprint=which, settled=False, open_seconds=took
+    )
 
 
 async def _tell_disk(held: Holding, wanted: opening.Opening, timeout: float) -> str:

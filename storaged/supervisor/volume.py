@@ -228,6 +228,7 @@ class Volume(Convergence):
             self._setbacks = 0
         self.failure = death.at(volume=self.name)
         self._health.begin_anew()
+        self._environment.counts.volume_failed(death.code)
         self._journal.add(Happening.DEATH, death.cause or death.message, log_as=str(self.failure), code=death.code)
         self._journal.begin_pause(self.attachment.qsd.died_at)
         self._set_back()

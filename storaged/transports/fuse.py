@@ -14,7 +14,7 @@ import threading
 from typing import Any
 
 from storaged.errors import ErrorCode, StoragedError
-from storaged.host import disk, loop, mounts
+from storaged.host import disk, fusectl, loop, mounts
 from storaged.model.blockdev import DISK, EXPORT
 from storaged.model.plan import Device
 from storaged.model.record import Record
@@ -22,6 +22,8 @@ from storaged.qsd.version import Build, loop_direct_io_is_safe, parse_version
 from storaged.transports.base import Availability, Connected, HostDevice, Seen, Site
 from storaged.transports.needs import lacking, load_modules
 
+#: As many as a loop device has (queue/nr_requests). The kernel's 12 are too few where each goes over a network.
+_IN_FLIGHT = 128
 _NODES = ("/dev/fuse", "/dev/loop-control")
 
 
@@ -92,10 +94,14 @@ class FuseTransport(HostDevice):
     async def connect(self, site: Site, record: Record, timeout: float) -> Connected:
         """A loop device over the export. One that is there already (the reply was lost) is taken over."""
         version = parse_version(f"version {record.qsd_version}")
-        direct_io = version is not None and loop_direct_io_is_safe(version)
+        # What older ones do wrong they do to the data of a write.
+        direct_io = record.spec.read_only or (version is not None and loop_direct_io_is_safe(version))
 
         def set_up() -> disk.Disk:
             mountpoint = self._mountpoint(site)
+            if direct_io:
+                with contextlib.suppress(OSError):  # only slower
+                    fusectl.let_in_flight(mountpoint, _IN_FLIGHT)
             found = loop.find_by_backing(mountpoint)
             if found:
                 for extra in found[1:]:

@@ -100,7 +100,8 @@ class CephCluster:
         with open(self.place / f"{program}.out", "ab") as out:
             return subprocess.Popen(
                 [program, "--conf", str(self.conf), "-f", *arguments], stdin=subprocess.DEVNULL, stdout=out,
-                stderr=out, env=self._environment,
+                # Debian 13's looks for the classes of objects, such as rbd's, in a directory below this one.
+                stderr=out, env=self._environment, cwd="/",
             )
 
     def _ceph(self, *commands: str) -> None:

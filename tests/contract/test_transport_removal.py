@@ -148,11 +148,11 @@ def test_twenty_volumes_come_and_go_at_once(daemon: Daemon, place: Path, transpo
 
     def attach(name: str) -> str:
         if IN_MACHINE:  # to start a command there takes longer than all that it asks for
-            return daemon.device(name, place / name, format="qcow2", transport=transport)
+            return daemon.device(name, place / name, format="qcow2", transport=transport, timeout=100)
         return daemon.cli("attach", name, str(place / name), "--format", "qcow2", "--transport", transport).stdout
 
     def detach(name: str) -> object:
-        return daemon.detach(name) if IN_MACHINE else daemon.cli("detach", name)
+        return daemon.detach(name, timeout=100) if IN_MACHINE else daemon.cli("detach", name)
 
     with ThreadPoolExecutor(len(names)) as pool:
         devices = set(pool.map(attach, names))

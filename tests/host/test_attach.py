@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from storaged.errors import ErrorCode
+from storaged.host import fusectl
 from storaged.qsd.version import loop_direct_io_is_safe, parse_version
 from tests.harness import (
     Daemon,
@@ -149,3 +150,14 @@ def test_the_loop_device_uses_direct_io_only_with_a_qsd_that_does_not_corrupt_da
     version = parse_version(run("qemu-storage-daemon", "--version").stdout)
     assert version is not None
     assert direct == ("1" if loop_direct_io_is_safe(version) else "0")
+
+
+def test_a_device_that_is_only_read_has_more_requests_in_flight_than_the_kernel_lets_a_fuse_file_have(
+    daemon: Daemon, place: Path
+) -> None:
+    """Direct I/O of a loop device, whatever QSD: 12 at once are what each connection begins with."""
+    source = image(place / "a.raw", "raw")
+    device = daemon.device("a", source, transport="fuse", read_only=True)
+    loop = Path(f"/sys/block/{Path(device).name}/loop")
+    assert (loop / "dio").read_text().strip() == "1"
+    assert fusectl.in_flight_at_most((loop / "backing_file").read_text().strip()) >= 128

@@ -146,6 +146,29 @@ def test_a_resize_never_cuts_off_what_others_have_added(daemon: Daemon, place: P
     assert size_of(daemon) == source.stat().st_size == NEW + MIB
 
 
+@pytest.mark.parametrize("fault", ["resize: reopened", "resize: grown"])
+def test_a_resize_that_the_daemon_did_not_live_to_finish_is_finished_by_another(
+    stopped: Daemon, place: Path, fault: str
+) -> None:
+    stopped.start()
+    source = image(place / "a.raw", "raw")
+    stopped.device("a", source)
+    os.truncate(source, NEW)
+    killed(stopped)
+    stopped.kill()
+    stopped.start(fault=fault)
+    device = stopped.attach("a", source)["device"]
+    error_of(lambda: stopped.call("Resize", name="a"))
+    stopped.wait_dead()
+    stopped.start()
+    assert stopped.attach("a", source)["device"] == device
+    assert size_of(stopped) == stopped.show("a")["size"] == OLD
+    stopped.call("Resize", name="a")
+    assert size_of(stopped) == stopped.show("a")["size"] == NEW
+    killed(stopped)
+    assert size_of(stopped) == NEW
+
+
 def test_a_format_that_does_not_tell_needs_a_size(daemon: Daemon, place: Path) -> None:
     daemon.device("a", image(place / "a.qcow2"), format="qcow2")
     done = daemon.cli("resize", "a", check=False)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import socket
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 from storaged.errors import ErrorCode
@@ -34,9 +37,9 @@ def write(daemon: Daemon, name: str, text: str) -> Path:
 
 def reload(daemon: Daemon) -> None:
     assert daemon.process is not None
-    before = daemon.log.read_text().count("reloaded, ")
+    before = daemon.log.read_text().count("files of volumes were reloaded")
     daemon.process.send_signal(signal.SIGHUP)
-    eventually(lambda: daemon.log.read_text().count("reloaded, ") > before, "reloaded")
+    eventually(lambda: daemon.log.read_text().count("files of volumes were reloaded") > before, "reloaded")
 
 
 def test_files_are_attached_at_the_start_and_a_bad_one_fails_alone(stopped: Daemon, place: Path) -> None:
@@ -168,35 +171,56 @@ def test_parked_volumes_are_flushed_and_ended_but_those_in_use_and_all_come_back
     assert reads(stopped.show("s")["device"], 0, 7) == b"changed"
 
 
-def test_it_tells_when_it_is_ready_feeds_while_a_volume_hangs_and_starves_when_it_hangs_itself(
-    stopped: Daemon, place: Path
-) -> None:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as inbox:
-        inbox.bind(str(place / "notify"))
-        inbox.settimeout(20)
-        stopped.start(wait=False, command=["env", f"NOTIFY_SOCKET={place / 'notify'}", "WATCHDOG_USEC=1200000"])
-        assert inbox.recv(4096) == b"READY=1"
-        assert stopped.answers()
-        source = image(place / "a.raw", "raw")
-        qsd = stopped.attach("a", source, transport="fuse")["qsd_pid"]
-        os.kill(qsd, signal.SIGSTOP)
-        try:
-            # It waits for an answer, for as long as it has patience.
-            error = error_of(lambda: stopped.attach("a", source, transport="fuse"))
-            assert error.code is ErrorCode.QSD_SILENT
-            assert stopped.show("a")["state"] == "hung"
-            seen = [inbox.recv(4096) for _ in range(20)]
-        finally:
-            os.kill(qsd, signal.SIGCONT)
-        # For more than the 5 seconds of that patience.
-        assert seen.count(b"WATCHDOG=1") >= 16
-        assert stopped.process is not None
-        os.kill(stopped.process.pid, signal.SIGHUP)
-        eventually(lambda: inbox.recv(4096).startswith(b"RELOADING=1\nMONOTONIC_USEC="), "it reloads")
-        eventually(lambda: inbox.recv(4096) == b"READY=1", "it has reloaded")
-        stopped.process.terminate()
-        eventually(lambda: inbox.recv(4096).startswith(b"STOPPING=1"), "it ends")
-        assert stopped.process.wait(20) == 0
+class ServiceManager:
+    """Receives what the daemon tells, as it comes."""
+
+    def __init__(self, address: Path) -> None:
+        self.inbox = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.inbox.bind(str(address))
+        self.heard: list[tuple[float, bytes]] = []
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        while message := self.inbox.recv(4096):
+            self.heard.append((time.monotonic(), message))
+
+    def has_heard(self, beginning: bytes) -> bool:
+        return any(message.startswith(beginning) for _, message in self.heard)
+
+    def fed(self) -> list[float]:
+        return [moment for moment, message in self.heard if message == b"WATCHDOG=1"]
+
+
+def test_it_tells_when_it_is_ready_and_feeds_the_watchdog_while_a_volume_hangs(stopped: Daemon, place: Path) -> None:
+    service = ServiceManager(place / "notify")
+    patience = 6
+    words = ["env", f"NOTIFY_SOCKET={place / 'notify'}", f"WATCHDOG_USEC={patience}000000"]
+    stopped.start(wait=False, command=words)
+    eventually(lambda: service.has_heard(b"READY=1"), "it is ready")
+    assert stopped.names() == []
+    source = image(place / "a.raw", "raw")
+    qsd = stopped.attach("a", source, transport="fuse")["qsd_pid"]
+    os.kill(qsd, signal.SIGSTOP)
+    try:
+        # It waits for an answer, for as long as it has patience.
+        error = error_of(lambda: stopped.attach("a", source, transport="fuse"))
+        assert error.code is ErrorCode.QSD_SILENT
+        assert stopped.show("a")["state"] == "hung"
+        before = len(service.fed())
+        eventually(lambda: len(service.fed()) >= before + 2, "it is fed")
+        assert service.has_heard(b"STATUS=1 volumes, 0 online; a hung")
+    finally:
+        os.kill(qsd, signal.SIGCONT)
+    fed = service.fed()
+    assert max(later - earlier for earlier, later in itertools.pairwise(fed)) < patience
+    assert stopped.process is not None
+    service.heard.clear()
+    os.kill(stopped.process.pid, signal.SIGHUP)
+    eventually(lambda: service.has_heard(b"RELOADING=1\nMONOTONIC_USEC="), "it reloads")
+    eventually(lambda: service.has_heard(b"READY=1"), "it has reloaded")
+    stopped.process.terminate()
+    assert stopped.process.wait(20) == 0
+    eventually(lambda: service.has_heard(b"STOPPING=1"), "it has told that it ends")
 
 
 def test_a_socket_from_the_service_manager_outlives_the_daemon(stopped: Daemon) -> None:

@@ -29,12 +29,13 @@ def test_an_empty_file_is_the_defaults() -> None:
 def test_every_key_is_taken_over() -> None:
     config = parse_config(
         b'attach_timeout = 5\ndetach_timeout = 0.5\nsnapshot_dir = "/fast"\nsocket_group = "disk"\n'
-        b'log_level = "debug"\n[qsd]\nbinary = "/opt/qsd"\n',
+        b'log_level = "debug"\n[qsd]\nbinary = "/opt/qsd"\n[metrics]\nlisten = "10.0.0.1:80"\nweb_config = "/w"\n',
         PATH,
     )
     assert (config.attach_timeout, config.detach_timeout) == (5.0, 0.5)
     assert (config.snapshot_dir, config.socket_group, config.log_level) == ("/fast", "disk", "debug")
     assert config.qsd.binary == "/opt/qsd"
+    assert (config.metrics.address, config.metrics.web_config) == (("10.0.0.1", 80), "/w")
 
 
 @pytest.mark.parametrize(
@@ -70,6 +71,33 @@ def test_text_that_is_not_utf_8_is_refused() -> None:
 
 def test_a_relative_snapshot_dir_is_refused() -> None:
     refused(b'snapshot_dir = "fast"')
+
+
+@pytest.mark.parametrize(
+    ("listen", "address"),
+    [("127.0.0.1:9929", ("127.0.0.1", 9929)), ("127.1.2.3:1", ("127.1.2.3", 1)), ("[::1]:65535", ("::1", 65535))],
+)
+def test_metrics_are_served_on_localhost_without_more(listen: str, address: tuple[str, int]) -> None:
+    config = parse_config(f'[metrics]\nlisten = "{listen}"'.encode(), PATH)
+    assert config.metrics.address == address
+
+
+@pytest.mark.parametrize(
+    "listen",
+    [
+        "", ":9929", "9929", "127.0.0.1", "127.0.0.1:", "127.0.0.1:0", "127.0.0.1:65536", "127.0.0.1:x", "localhost:1",
+        "::1:80", "[127.0.0.1]:80", "[::1]", "127.0.0.1:²", "127.0.0.1:-1",
+    ],
+)
+def test_an_address_that_is_none_is_refused(listen: str) -> None:
+    assert "listen" in str(refused(f'[metrics]\nlisten = "{listen}"\nweb_config = "/w"'.encode()))
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:9929", "[::]:9929", "192.0.2.1:9929"])
+def test_metrics_are_for_all_only_where_somebody_has_said_so(listen: str) -> None:
+    assert "web_config" in str(refused(f'[metrics]\nlisten = "{listen}"'.encode()))
+    assert "web_config" in str(refused(f'[metrics]\nlisten = "{listen}"\nweb_config = "web.yml"'.encode()))
+    assert parse_config(f'[metrics]\nlisten = "{listen}"\nweb_config = "/web.yml"'.encode(), PATH).metrics.listen
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60).map(str.encode))

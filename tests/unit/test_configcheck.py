@@ -157,3 +157,29 @@ def test_a_reload_leaves_what_needs_a_restart_as_it_was_and_says_it_each_time() 
     assert changed == Reloaded(["attach_timeout", "qsd.binary"], ["socket_group"])
     assert now == Config(socket_group="a", attach_timeout=2, qsd=QsdConfig(binary="x"))
     assert combine(now, new) == (now, Reloaded([], ["socket_group"]))
+
+
+def test_the_files_of_volumes_are_checked_too(layout: Layout, capsys: pytest.CaptureFixture[str]) -> None:
+    root = layout.config_dir.removesuffix("/etc/storaged")
+    os.makedirs(layout.volume_files)
+    wrong = {
+        "keys.toml": 'sorce = "/a"\nread_only = "yes"\nformat = "qcow3"\n',
+        "option.toml": 'source = "/a"\noptions = { cahce = "none" }\n',
+        "scheme.toml": 'source = "nosuch://x"\n',
+        "-name.toml": 'source = "/a"\n',
+        "empty.toml": "",
+    }
+    for name, text in {**wrong, "good.toml": 'source = "/a"\noptions = { cache = "none" }\n', ".x.toml": "="}.items():
+        Path(f"{layout.volume_files}/{name}").write_text(text)
+    assert main(["--root", root, "config", "check"]) == 1
+    said = capsys.readouterr().out
+    assert f"{layout.volume_files}/keys.toml:1: unknown key 'sorce' (did you mean source?)" in said
+    assert "keys.toml:2: read_only: expected `bool`, got `str`" in said
+    assert "keys.toml:3: format: " in said
+    assert "raw, qcow2" in said
+    for name, what in {"option": "'cahce'", "scheme": "nosuch", "-name": "name", "empty": "`source`"}.items():
+        (line,) = [line for line in said.splitlines() if f"/{name}.toml" in line]
+        assert what in line
+    assert "good" not in said
+    assert main(["--root", root, "config", "check", f"{layout.volume_files}/good.toml"]) == 0
+    assert main(["--root", root, "config", "check", f"{layout.volume_files}/empty.toml"]) == 1

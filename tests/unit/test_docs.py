@@ -13,7 +13,7 @@ from storaged.backends import BACKENDS
 from storaged.backends.base import Backend, NetworkBackend
 from storaged.cli.parser import TRANSPORTS
 from storaged.errors import ErrorCode
-from storaged.model.config import Config, QsdConfig
+from storaged.model.config import Config, MetricsConfig, QsdConfig
 from storaged.model.configcheck import parse_config
 from storaged.model.formats import Format
 from storaged.model.plan import Step
@@ -37,7 +37,11 @@ NETWORK_OPTIONS = [
 #: Where a page is not named after the backend.
 PAGES = {"https": "http", "ftps": "ftp"}
 TRANSPORT_OPTIONS = [(name, option) for name, transport in ALL_TRANSPORTS.items() for option in transport.options]
-CONFIG_KEYS = [field.name for struct in (Config, QsdConfig) for field in msgspec.structs.fields(struct)]
+SECTIONS = ("qsd", "metrics")
+CONFIG_KEYS = [
+    field.name for struct in (Config, QsdConfig, MetricsConfig) for field in msgspec.structs.fields(struct)
+    if field.name not in SECTIONS
+]
 
 
 def rows(text: str) -> list[list[str]]:
@@ -106,7 +110,7 @@ def test_every_backend_is_in_the_readme(backend: Backend) -> None:
     assert f"`{backend.example}`" in README
 
 
-@pytest.mark.parametrize("key", [key for key in CONFIG_KEYS if key != "qsd"])
+@pytest.mark.parametrize("key", CONFIG_KEYS)
 def test_every_key_of_the_configuration_is_in_the_readme_and_in_the_example(key: str) -> None:
     assert all(row_of(README, key))
     assert re.search(rf"^(# )?{key} = ", EXAMPLE.decode(), re.MULTILINE)
@@ -119,7 +123,9 @@ def test_the_example_is_the_default_configuration() -> None:
 def test_what_the_example_has_as_comments_can_be_used() -> None:
     everything = re.sub(rb"^# (\w+ = )", rb"\1", EXAMPLE, flags=re.MULTILINE)
     config = parse_config(everything, "the example")
-    assert all(getattr(config, key) is not None for key in CONFIG_KEYS if key not in ("binary", "binaries"))
+    found = {**msgspec.structs.asdict(config.qsd), **msgspec.structs.asdict(config.metrics)}
+    found |= msgspec.structs.asdict(config)
+    assert all(found[key] is not None for key in CONFIG_KEYS)
     assert config.qsd.binaries
 
 

@@ -51,6 +51,7 @@ def holding(qsd: Qsd, spec: VolumeSpec, transport: str = "fuse") -> tuple[Holdin
     held = SimpleNamespace(
         spec=spec, qsd=SimpleNamespace(session=session), known=lambda: record, note=note,
         transport=TRANSPORTS[transport], source_calls=BlockingCalls("test"),
+        environment=SimpleNamespace(fault=lambda place: None),
     )
     return cast(Holding, held), noted
 

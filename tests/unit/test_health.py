@@ -121,14 +121,17 @@ def test_it_never_says_more_than_the_time_for_which_nothing_can_have_ended(
         ("", None),
         ("1 2 3 4", None),
         ("what is this", None),
-        (None, None),
     ],
 )
 def test_the_counts_of_older_and_newer_kernels_are_read_and_nothing_else_is(
-    monkeypatch: pytest.MonkeyPatch, stat: str | None, expected: Progress | None
+    monkeypatch: pytest.MonkeyPatch, stat: str, expected: Progress | None
 ) -> None:
-    monkeypatch.setattr(disk, "attribute", lambda path, name: stat if (path, name) == ("/dev/vda", "stat") else None)
+    monkeypatch.setattr(disk, "_stat", lambda path: stat.encode() if path == "/dev/vda" else b"")
     assert disk.progress("/dev/vda") == expected
+
+
+def test_a_device_that_is_not_there_has_no_counts() -> None:
+    assert disk.progress("/dev/no-such-device") is None
 
 
 # judge --------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from storaged.model.history import LIMIT, Entry, Happening, History
+from storaged.model.history import LIMIT, PAUSE_BOUNDS, Entry, Happening, History
 
 NOW = 1_700_000_000.0
 HOUR = 3600.0
@@ -136,3 +136,31 @@ def test_the_entry_of_a_newer_daemon_can_be_read_and_too_many_are_cut() -> None:
     assert len(history.entries) == LIMIT
     assert history.entries[0].kind == "teleported"
     assert history.counts() == {"teleported": 500}
+
+
+def test_pauses_are_counted_in_ranges_and_added_up() -> None:
+    history = journal(
+        ("recovered", "x", NOW, 0.05), ("recovered", "x", NOW, 0.1), ("recovered", "x", NOW, 3.0),
+        ("recovered", "x", NOW, 1000.0), ("recovered", "x", NOW, None), ("hang", "x", NOW, 5.0),
+    )
+    assert history.pauses == (2, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1)
+    assert history.pause_seconds == pytest.approx(1003.15)
+    assert history.count(Happening.RECOVERED) == 5
+    assert history.count(Happening.DEATH) == 0
+
+
+def test_what_was_counted_is_there_again() -> None:
+    history = journal(("recovered", "x", NOW, 3.0))
+    history.waited = 7.5
+    again = History.decode(history.encode())
+    assert (again.pauses, again.pause_seconds, again.waited) == (history.pauses, 3.0, 7.5)
+
+
+@pytest.mark.parametrize("more", ["", ', "pauses": [1, 2]', ', "pauses": [], "pause_seconds": 5.0'])
+def test_the_journal_of_another_version_begins_its_pauses_anew(more: str) -> None:
+    again = History.decode(f'{{"entries": [], "counts": {{"recovered": 3}}{more}}}'.encode())
+    assert again.pauses == (0,) * (len(PAUSE_BOUNDS) + 1)
+    assert again.pause_seconds == 0
+    again.add(Happening.RECOVERED, "x", now=NOW, seconds=1e6)
+    assert again.pauses[-1] == 1
+    assert again.count(Happening.RECOVERED) == 4

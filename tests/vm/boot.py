@@ -89,6 +89,7 @@ def before() -> None:
     install()
     daemon = Daemon(Path("/"))
     a_restart_spares_a_server_without_a_scope(daemon)
+    the_units_of_a_volume_go_with_it(daemon)
     fstab = ""
     for name in NAMES:
         wishes = wishes_of(name)
@@ -142,6 +143,18 @@ def a_restart_spares_a_server_without_a_scope(daemon: Daemon) -> None:
     assert daemon.qsd("bare") == pid
     daemon.detach("bare")
     run("systemctl", "unmask", "--runtime", "storaged.slice")
+
+
+def the_units_of_a_volume_go_with_it(daemon: Daemon) -> None:
+    """Its scope, and what orders its mounts."""
+    def units() -> str:
+        return run("systemctl", "list-units", "--plain", "*brief*").stdout
+
+    daemon.attach("brief", image(PLACE / "brief.img", "raw", "1M"), transport="nbd")
+    own = ("storaged-qsd-brief-", "storagedvolume_brief_", "blockdev@dev-storaged-brief.target")
+    eventually(lambda: all(unit in units() for unit in own), "it has all of its units")
+    daemon.detach("brief")
+    eventually(lambda: not any(unit in units() for unit in own), "they are gone")
 
 
 def install() -> None:
