@@ -195,7 +195,7 @@ def test_an_image_of_ceph_is_made_filled_read_and_resized(cluster: CephCluster, 
     image_command(root, "create", "-f", "qcow2", *options(said), source.replace("/a:", "/c:"), "4M")
     run("qemu-img", "check", "-f", "qcow2", cluster.exported(f"{POOL}/c", place / "exported"))
     assert "[source-missing]" in failure(root, "info", *options(said), source.replace("/a:", "/x:"))
-    wrong = {**said, "cephx-key-file": "-"}
+    wrong = {**said, "cephx-key-file": "-", "open-timeout": "1"}
     assert cluster.key("reader") not in failure_with_stdin(root, cluster.key("reader"), *options(wrong), source)
 
 
