@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import sources
-from common import Daemon, machine, middle, ratios
+from common import Daemon, machine, middle, ratios, run
 
 JOBS = {
     "4k random read, IOPS": ["--rw=randread", "--bs=4k"],
@@ -128,7 +128,7 @@ class Bench:
             try:
                 job = self.once(words, self.seconds - elapsed)
             except subprocess.TimeoutExpired:
-                # Of fio itself: its engine nfs, with large blocks; with libnfs 6 always.
+                # Of fio itself: its engine nfs does so at times, with large blocks.
                 figures.values.append(math.nan)
                 figures.processor.append({})
                 return
@@ -208,6 +208,10 @@ def main() -> int:
     found: dict[str, dict[str, dict[str, dict[str, Figures]]]] = {}
     began = time.strftime("%H:%M")
     with contextlib.closing(Daemon()) as daemon:
+        if arguments.transport != "fuse":
+            # 16 disks come with nbd, and udev looks at each of them.
+            run("modprobe", "-a", "vduse", "virtio_vdpa", "nbd")
+            run("udevadm", "settle")
         for transport in arguments.transport.split(","):
             of_transport = found[transport] = {}
             for kind in arguments.kinds:

@@ -83,9 +83,9 @@ def end(pid: int) -> None:
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """The lower quartile, the median, the upper quartile."""
-    if len(values) == 1:
-        return values[0], values[0], values[0]
+    """The lower quartile, the median, the upper quartile; of a few values the least and the greatest instead."""
+    if len(values) < 4:
+        return min(values), statistics.median(values), max(values)
     low, median, high = statistics.quantiles(values, n=4)
     return low, median, high
 

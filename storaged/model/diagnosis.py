@@ -223,8 +223,8 @@ def _qsd(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             "qsd direct I/O",
             Status.WARN,
-            f"{facts.qsd} corrupts data under loop devices with direct I/O: they are buffered,"
-            " which is slower and takes page cache twice",
+            f"{facts.qsd} corrupts what is written to loop devices with direct I/O: they are buffered,"
+            " which is much slower and takes page cache twice; but not those that are only read",
             "use QEMU 10.0.10 or a later 10.0, or 11.0 and newer (Debian 13, or backports)",
         )
 
