@@ -128,7 +128,7 @@ class Bench:
             try:
                 job = self.once(words, self.seconds - elapsed)
             except subprocess.TimeoutExpired:
-                # Of fio itself: its engine nfs, with libnfs 6 and large blocks.
+                # Of fio itself: its engine nfs, with large blocks; with libnfs 6 always.
                 figures.values.append(math.nan)
                 figures.processor.append({})
                 return

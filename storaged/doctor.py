@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import storaged
 from storaged.api.client import Client
+from storaged.backends import BACKENDS
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import modules, probe
-from storaged.model.diagnosis import MODULES, Facts, Finding, Status, diagnose, diagnose_kernel
+from storaged.model.diagnosis import MODULES, Facts, Finding, Opener, Status, diagnose, diagnose_kernel
 from storaged.model.kernelconfig import MAX_CONFIG, KernelConfig, Verdict, check, decode_config
 from storaged.model.layout import Layout
+from storaged.qsd.build import build_of
+from storaged.qsd.drivers import drivers_of, reads_only_whole
+from storaged.qsd.process import find_binary
 
 _DAEMON_DEADLINE = 5.0
 
@@ -41,7 +45,7 @@ def examine_kernel(what: str, transport: str | None = None) -> tuple[list[Findin
 
 def gather(layout: Layout, command: str = "storaged") -> Facts:
     """Return the facts of this host."""
-    binary, config_problem = _configured_qsd(layout)
+    binary, binaries, config_problem = _configured_qsd(layout)
     qsd_path, qsd_output, qsd = probe.qsd(binary)
     nbd, nbd_is_libnbd = probe.libnbd()
     free_loops, loops = probe.loop_devices()
@@ -71,7 +75,31 @@ def gather(layout: Layout, command: str = "storaged") -> Facts:
         daemon_problem=daemon_problem,
         daemon_hint=daemon_hint,
         own_version=storaged.__version__,
+        openers=_openers(binary, binaries) if qsd is not None or binaries else (),
+        curl=shutil.which("curl") is not None,
         rbd=shutil.which("rbd") is not None,
+    )
+
+
+def _openers(binary: str, binaries: Mapping[str, str]) -> tuple[Opener, ...]:
+    """Ask each program that opens sources which ones it can open."""
+    backends: dict[str, list[str]] = {}
+    for name in BACKENDS:
+        if name != "tftp":  # curl's
+            backends.setdefault(binaries.get(name, binary), []).append(name)
+    return tuple(_opener(program, tuple(names)) for program, names in backends.items())
+
+
+def _opener(program: str, backends: tuple[str, ...]) -> Opener:
+    try:
+        path = find_binary(program)
+        version, found = build_of(path).version, drivers_of(path)
+    except StoragedError as error:
+        return Opener(program, backends, problem=error.cause or error.message, hint=error.hint)
+    lacks = {name: (lack.message, lack.hint) for name in backends if (lack := found[name]) is not None}
+    return Opener(
+        program, backends, version, lacks=lacks,
+        only_whole=frozenset(name for name in backends if reads_only_whole(name, version)),
     )
 
 
@@ -100,17 +128,18 @@ def _kernel_config(what: str) -> tuple[str, KernelConfig]:
     return found
 
 
-def _configured_qsd(layout: Layout) -> tuple[str, str]:
-    """Return the QSD that the configuration names, and what is wrong with the configuration."""
+def _configured_qsd(layout: Layout) -> tuple[str, Mapping[str, str], str]:
+    """Return the QSD that the configuration names, those of some backends, and what is wrong with the configuration."""
     default = "qemu-storage-daemon"
     try:
         from storaged.host.configfiles import load_config
     except ImportError:  # msgspec is missing, which is a finding of its own
-        return default, ""
+        return default, {}, ""
     try:
-        return load_config(layout, None).qsd.binary, ""
+        qsd = load_config(layout, None).qsd
+        return qsd.binary, qsd.binaries, ""
     except StoragedError as error:
-        return default, error.cause or error.message
+        return default, {}, error.cause or error.message
 
 
 def _daemon(layout: Layout, command: str) -> tuple[str, str, str]:

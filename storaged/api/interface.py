@@ -53,9 +53,24 @@ class HistoryEntry:
 
 
 @dataclasses.dataclass
+class Layer:
+    """An image of a chain, as it was opened: where it is, its format, its virtual size in bytes.
+
+    backing is the source of the image below it, data_file that of its data where it is in another file.
+    """
+
+    source: str
+    format: str
+    virtual_size: int
+    backing: str | None
+    data_file: str | None
+
+
+@dataclasses.dataclass
 class Volume:
     """A volume as wished for and as observed. Sizes in bytes, times in seconds since the epoch.
 
+    layers are the images that were opened, the disk first; there are none before it is open.
     A volume for a virtual machine has a socket in place of a device. deaths is how often its QSD has died, paused for
     how many seconds I/O waited at the last recovery. history has the newest last; only Show tells it. file is
     what wishes for the volume at each boot, if there is one.
@@ -87,6 +102,7 @@ class Volume:
     paused: float | None
     history: list[HistoryEntry] | None
     file: str | None
+    layers: list[Layer]
 
 
 @dataclasses.dataclass

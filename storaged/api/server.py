@@ -28,7 +28,9 @@ from storaged.api import interface
 from storaged.errors import ErrorCode, StoragedError, bug
 from storaged.model.formats import Format
 from storaged.model.history import Happening
+from storaged.model.record import Record
 from storaged.model.spec import VolumeSpec
+from storaged.model.treespec import spelled_out
 from storaged.supervisor.manager import Manager
 from storaged.supervisor.reloading import reload
 from storaged.supervisor.volume import Volume
@@ -123,6 +125,7 @@ class Service(interface.StoragedInterface):
             name=name, source=source, format=known, transport=transport or "auto", read_only=bool(read_only),
             snapshot=bool(snapshot), snapshot_dir=snapshot_dir, options=options or {}, persist=bool(persist),
         )
+        spec = spelled_out(spec, known if format else None)
         return self._describe(await self._manager.attach(spec, _deadline(timeout), _decoded(name, secrets or {})))
 
     @varlinkmethod(return_parameter="notes")
@@ -243,7 +246,19 @@ class Service(interface.StoragedInterface):
                 for entry in history.entries
             ] if with_history else None,
             file=self._manager.file_of(spec.name),
+            layers=_layers(record),
         )
+
+
+def _layers(record: Record | None) -> list[interface.Layer]:
+    """The images of a volume; the disk has grown, perhaps, since it was opened."""
+    found = [
+        interface.Layer(layer.source, layer.format, layer.virtual_size, layer.backing, layer.data_file)
+        for layer in (record.layers if record is not None else [])
+    ]
+    if found and record is not None and record.size:
+        found[0].virtual_size = record.source_size or record.size
+    return found
 
 
 def _decoded(name: str, secrets: dict[str, str]) -> dict[str, bytes]:

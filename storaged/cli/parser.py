@@ -139,7 +139,7 @@ def _attach(commands: _Commands[argparse.ArgumentParser]) -> None:
         "source",
         metavar="SOURCE",
         help="a path, file:PATH, host_device:PATH, or a network disk as nbd://HOST/EXPORT, iscsi://HOST/IQN/LUN,"
-        " rbd:POOL/IMAGE, ssh://HOST/PATH, … (a path with a colon: write ./we:ird.img)",
+        " rbd:POOL/IMAGE, ssh://HOST/PATH, json:{…}, … (a path with a colon: write ./we:ird.img)",
     )
     command.add_argument(
         "--format",

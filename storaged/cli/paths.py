@@ -11,6 +11,7 @@ _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:")
 #: Schemes whose rest is a path of this host.
 _PATH_SCHEMES = ("file:", "host_device:")
 _ALLOW = "allow:"
+_TREE = "json:"
 #: Options that are a path, beside those whose name ends in -file.
 _PATH_OPTIONS = frozenset({"agent", "ceph-conf", "conf", "config-path", "ssh-key", "tls-certificates"})
 
@@ -34,9 +35,31 @@ def absolute_source(source: str, *, cwd: str | None = None) -> str:
         raise StoragedError(
             ErrorCode.INVALID_SOURCE, "the source is empty", hint="name an image: a path, or SCHEME:…"
         )
+    if source.startswith(_TREE):
+        return _absolute_tree(source, cwd)
     if not prefix and _SCHEME.match(source):
         return source
     return prefix + absolute(path, cwd=cwd)
+
+
+def _absolute_tree(source: str, cwd: str | None) -> str:
+    """Return a tree of block nodes with the names of files in it made absolute. What is no tree the daemon refuses."""
+    import json
+
+    def of_objects(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        found: dict[str, object] = {}
+        for key, value in pairs:
+            if key in found:
+                raise ValueError(key)
+            name = key.rpartition(".")[2] == "filename" and isinstance(value, str) and value
+            found[key] = absolute(str(value), cwd=cwd) if name else value
+        return found
+
+    try:
+        tree = json.loads(source.removeprefix(_TREE), object_pairs_hook=of_objects)
+    except (ValueError, RecursionError):
+        return source
+    return _TREE + json.dumps(tree)
 
 
 def absolute_option(key: str, value: str, *, cwd: str | None = None) -> str:

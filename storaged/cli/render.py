@@ -177,6 +177,7 @@ def volume_details(volume: dict[str, Any], now: float | None = None, width: int 
     shown = [(clean(key), clean(value)) for key, value in facts if value is not None]
     margin = max(_cells(key) for key, _ in shown) + 1
     lines = [f"{_pad(key + ':', margin)} {value}" for key, value in shown]
+    lines += _chain_table(volume.get("layers") or [])
     lines += _history_table(volume.get("history") or [], terminal_width() if width is None else width)
     return "\n".join(lines)
 
@@ -235,6 +236,23 @@ def _history_table(entries: Sequence[dict[str, Any]], width: int) -> list[str]:
         lines.append("".join(map(_pad, cells, margins)) + first)
         lines += [" " * sum(margins) + line for line in rest]
     return [line.rstrip() for line in lines]
+
+
+def _chain_table(layers: Sequence[dict[str, Any]]) -> list[str]:
+    """The images of a chain, the disk first and its base last, where there is more than the source itself."""
+    if len(layers) < 2 and not any(layer.get("data_file") for layer in layers):
+        return []
+    rows = [("IMAGE", "FORMAT", "SIZE", "SOURCE")]
+    for number, layer in enumerate(layers):
+        size = layer.get("virtual_size")
+        rows.append((
+            "disk" if not number else f"backing {number}", clean(layer.get("format") or "-"),
+            format_size(size) if isinstance(size, int) else "-", clean(layer.get("source") or "-"),
+        ))
+        if layer.get("data_file"):
+            rows.append(("its data", "raw", "", clean(layer["data_file"])))
+    margins = [len(_GAP) + max(_cells(row[index]) for row in rows) for index in range(3)]
+    return ["", "images:", *("".join(map(_pad, row[:3], margins)) + row[3] for row in rows)]
 
 
 def _told(entry: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ import os
 import re
 import shlex
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn
@@ -67,6 +67,10 @@ class ImageFile:
         yield from self.extents
 
 
+def _nowhere(_name: str) -> bool:
+    return False
+
+
 def inspect_chain(
     path: str, format: Format, allowed: Sequence[str], *, alone: bool = False, device: bool = True
 ) -> tuple[ImageFile, ...]:
@@ -84,12 +88,24 @@ def inspect_chain(
     external data files relative to its current directory; that is never what was meant.) Extents of vmdk are
     taken relative to the directory behind the links, because QEMU will open the descriptor by that path.
     """
+    return inspect_images(path, format, allowed, alone=alone, device=device)[0]
+
+
+def inspect_images(
+    path: str, format: Format, allowed: Sequence[str], *, named_by: Reference | None = None,
+    elsewhere: Callable[[str], bool] = _nowhere, alone: bool = False, device: bool = True,
+) -> tuple[tuple[ImageFile, ...], Reference | None]:
+    """As :func:`inspect_chain`, for a chain that may go on elsewhere than on this host.
+
+    ``named_by`` is what named the first image, which needs leave then as the others do. The chain ends where a backing
+    file's name is ``elsewhere``; that reference is returned, too.
+    """
     walk = _Walk(allowed)
     if not os.path.isabs(path):
         raise StoragedError(
             ErrorCode.INVALID_SOURCE, f"{_shown(path)} is not an absolute path", hint="write it from / on"
         )
-    reference: _Reference | None = None
+    reference = named_by
     chain: list[ImageFile] = []
     while True:
         image, header = walk.image(path, format, reference)
@@ -97,15 +113,17 @@ def inspect_chain(
             _check_size(path, image)
         chain.append(image)
         if header.backing is None or alone:
-            return tuple(chain)
-        reference = _Reference(path, format, header.backing)
+            return tuple(chain), None
+        reference = Reference(path, format, header.backing)
         if len(chain) >= MAX_CHAIN:
             reference.fail(ErrorCode.WRONG_FORMAT, f"the chain has more than {MAX_CHAIN} images")
+        if elsewhere(reference.name.path):
+            return tuple(chain), reference
         path, format = reference.resolved(path), reference.backing_format()
 
 
 @dataclass(frozen=True)
-class _Reference:
+class Reference:
     """A name in an image and all that an error needs to say about it."""
 
     image: str
@@ -120,7 +138,10 @@ class _Reference:
         if _PROTOCOL.match(name):
             self.fail(
                 ErrorCode.BACKING_NOT_ALLOWED,
-                "only files and block devices can be used, given by their path",
+                "only files and block devices can be used, given by their path" + (
+                    "; by an attach also the sources that -o backing-sources= allows"
+                    if self.name.kind == "backing" else ""
+                ),
                 "if that is a file, write its name with ./ before it: " + self._rebase(),
             )
         return os.path.join(os.path.dirname(base), name)
@@ -180,7 +201,7 @@ class _Walk:
         self._seen: set[tuple[int, ...]] = set()
 
     def image(
-        self, path: str, format: Format, reference: _Reference | None, *, nested: bool = False
+        self, path: str, format: Format, reference: Reference | None, *, nested: bool = False
     ) -> tuple[ImageFile, ImageHeader]:
         """Look at one file and those that belong to it, without its backing file.
 
@@ -202,7 +223,7 @@ class _Walk:
         data_file: ImageFile | None = None
         extents: list[ImageFile] = []
         for name in header.others:
-            own = _Reference(path, format, name)
+            own = Reference(path, format, name)
             if nested:
                 own.fail(ErrorCode.WRONG_FORMAT, "an extent of vmdk has no extents of its own")
             if name.kind == "data-file":
@@ -224,7 +245,7 @@ class _Walk:
         )
         return image, header
 
-    def _permitted(self, path: str, reference: _Reference | None) -> str:
+    def _permitted(self, path: str, reference: Reference | None) -> str:
         """Return the real path if this file may be used. Asked before it is known whether it exists.
 
         Otherwise the difference between the errors would tell the maker of an image what this host has.
@@ -273,7 +294,7 @@ def _is_own_extent(descriptor: str, path: str, real: str) -> bool:
 
 
 @contextmanager
-def _opened(path: str, real: str, reference: _Reference | None) -> Iterator[tuple[int, os.stat_result, int]]:
+def _opened(path: str, real: str, reference: Reference | None) -> Iterator[tuple[int, os.stat_result, int]]:
     """Open ``real`` for reading and yield descriptor, status and size; ``path`` is what errors call it.
 
     First O_PATH, which has no effect on anything: a FIFO does not wake its writer, a tape does not rewind.
@@ -330,7 +351,7 @@ def _unusable(mode: int) -> str | None:
     return "a loop of symbolic links" if stat.S_ISLNK(mode) else "not a file"
 
 
-def _refuse(error: OSError, path: str, reference: _Reference | None) -> NoReturn:
+def _refuse(error: OSError, path: str, reference: Reference | None) -> NoReturn:
     """Raise what the user is to see for an error of the system."""
     reason = os.strerror(error.errno) if error.errno else str(error)
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
@@ -352,7 +373,7 @@ def _refuse(error: OSError, path: str, reference: _Reference | None) -> NoReturn
     raise StoragedError(code, f"cannot open {_shown(path)}", cause=reason, hint=hint)
 
 
-def _about(error: StoragedError, path: str, format: Format, reference: _Reference | None) -> StoragedError:
+def _about(error: StoragedError, path: str, format: Format, reference: Reference | None) -> StoragedError:
     """Return an error about a header with the file in it, and the hint that fits who said the format."""
     hint = error.hint
     if reference is not None and error.code is ErrorCode.WRONG_FORMAT and reference.name.kind == "backing":

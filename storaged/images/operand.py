@@ -12,6 +12,7 @@ import msgspec
 from storaged.backends import find_backend
 from storaged.backends.base import NetworkBackend
 from storaged.backends.host_device import BACKEND as HOST_DEVICE
+from storaged.backends.jsontree import is_tree, read_tree
 from storaged.errors import ErrorCode, StoragedError
 from storaged.images.arguments import format_of_name, split_options
 from storaged.model.formats import Format
@@ -75,8 +76,28 @@ def known_options(source: str) -> list[str]:
     return [*COMMON_OPTIONS, *find_backend(source).options]
 
 
+def _spelled_out(wish: Wish, *, writable: bool) -> Wish:
+    """Return the wish with a json: tree taken apart, as an attach does. Raises what ``read_tree`` raises."""
+    if not is_tree(wish.source):
+        return wish
+    tree = read_tree(wish.source, wish.options)
+    for contradicts, what in (
+        (tree.format is not None and wish.format not in (None, tree.format), "its format"),
+        (tree.read_only is True and writable, "whether it is written to"),
+    ):
+        if contradicts:
+            raise StoragedError(
+                ErrorCode.INVALID_ARGUMENT, f"the tree and the command contradict in {what}",
+                hint="leave one of them out",
+            )
+    return replace(
+        wish, source=tree.source, format=tree.format or wish.format, options={**tree.options, **wish.options}
+    )
+
+
 def named(wish: Wish, *, writable: bool) -> Operand:
     """Understand what was named, and look at nothing. Raises INVALID_SOURCE, INVALID_ARGUMENT, UNSUPPORTED."""
+    wish = _spelled_out(wish, writable=writable)
     source, apart = wish.source, wish.given
     options, creation = split_options(wish.options, known_options(source))
     spec, apart = secrets_apart(

@@ -33,6 +33,7 @@ class Image:
     protocol: Node | str
     """A node's options, or the name of a node that is there."""
     data_file: Node | None = None
+    """A node's options."""
     encrypted: bool = False
     """Within the format: qcow2's luks. (A luks image is a format of its own.)"""
 
@@ -68,6 +69,27 @@ def image_tree(
             image_tree(rest, read_only=True, node_name=node_name, cache=cache, depth=depth + 1) if rest else None
         )
     return node
+
+
+def image_nodes(
+    chain: Sequence[Image], *, read_only: bool, node_name: str, cache: Mapping[str, bool],
+    behaviour: Mapping[str, str] | None = None,
+) -> list[Node]:
+    """As :func:`image_tree`, as arguments of a blockdev-add each, the last image first.
+
+    For a chain that is not all of this host: within one tree QEMU takes the name that the header of the upper image
+    holds for that of the lower one's file, unless that has a filename (bdrv_open_backing_file in block.c).
+    """
+    nodes = []
+    for depth, image in enumerate(chain):
+        node = image_tree(
+            [image], read_only=read_only or depth > 0, node_name=node_name, cache=cache, depth=depth,
+            behaviour=None if depth else behaviour,
+        )
+        if depth + 1 < len(chain):
+            node["backing"] = f"{node_name}-{depth + 1}"
+        nodes.append(node)
+    return nodes[::-1]
 
 
 def overlay_file_node(protocol: Node, limit: int) -> Node:

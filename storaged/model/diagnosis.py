@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -74,6 +74,21 @@ class Directory:
 
 
 @dataclass(frozen=True)
+class Opener:
+    """The program that opens the sources of some backends. ``problem``: it does not say what it can open."""
+
+    program: str
+    backends: tuple[str, ...]
+    version: QsdVersion | None = None
+    problem: str = ""
+    hint: str = ""
+    lacks: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """Backend → why its sources cannot be opened, and what to do."""
+    only_whole: frozenset[str] = frozenset()
+    """Backends whose sources have to be fetched first."""
+
+
+@dataclass(frozen=True)
 class Facts:
     """All that the doctor looks at. ``None`` means that it could not be found out."""
 
@@ -101,6 +116,9 @@ class Facts:
     daemon_problem: str = ""
     daemon_hint: str = ""
     own_version: str = ""
+    openers: tuple[Opener, ...] = ()
+    curl: bool = True
+    """The program curl is installed."""
     rbd: bool = True
     """Ceph's program of that name is there."""
 
@@ -110,6 +128,7 @@ def diagnose(facts: Facts) -> list[Finding]:
     return [
         *_installation(facts),
         *_qsd(facts),
+        *_backends(facts),
         *_kernel(facts),
         *_directories(facts),
         _daemon(facts),
@@ -208,6 +227,39 @@ def _qsd(facts: Facts) -> Iterator[Finding]:
             " which is slower and takes page cache twice",
             "use QEMU 10.0.10 or a later 10.0, or 11.0 and newer (Debian 13, or backports)",
         )
+
+
+def _backends(facts: Facts) -> Iterator[Finding]:
+    """Which sources can be opened: a line for all that can, and one for each that cannot, or not in each way."""
+    for opener in facts.openers:
+        if opener.problem:
+            yield Finding(
+                f"backend {', '.join(opener.backends)}", Status.WARN, f"{opener.program}: {opener.problem}", opener.hint
+            )
+            continue
+        good = [name for name in opener.backends if name not in opener.lacks]
+        if good:
+            version = f" {opener.version}" if opener.version is not None else ""
+            yield Finding(
+                f"backends of {opener.program}" if len(facts.openers) > 1 else "backends", Status.OK,
+                f"qemu-storage-daemon{version} opens {', '.join(good)}",
+            )
+        for name in opener.backends:
+            if name in opener.lacks:
+                yield Finding(f"backend {name}", Status.INFO, *opener.lacks[name])
+        if whole := [name for name in good if name in opener.only_whole]:
+            yield Finding(
+                f"backend {', '.join(whole)}", Status.INFO,
+                f"{opener.version} loses requests to it: only with -o fetch=whole",
+                "use QEMU 10.0.9 or newer (Debian 13), for these alone by [qsd.binaries] in storaged.toml",
+            )
+    if facts.openers and not facts.curl:
+        yield Finding(
+            "backend tftp", Status.INFO, "the program curl, which fetches its sources, is not installed",
+            "apt install curl",
+        )
+    elif facts.openers:
+        yield Finding("backend tftp", Status.OK, "curl fetches its sources, and those with -o fetch=whole")
 
 
 def _kernel(facts: Facts) -> Iterator[Finding]:

@@ -19,6 +19,20 @@ class ProcessIdentity(msgspec.Struct, frozen=True, kw_only=True):
     exe_inode: int
 
 
+class Layer(msgspec.Struct, frozen=True, kw_only=True):
+    """An image of a chain, as it was when it was opened."""
+
+    source: str
+    """A path of this host, or a source on the network."""
+    format: str
+    virtual_size: int
+    """Bytes."""
+    backing: str | None = None
+    """The source of the image below it, None for the last."""
+    data_file: str | None = None
+    """The source of its data, where that is in another file (qcow2)."""
+
+
 class Record(msgspec.Struct, frozen=True, kw_only=True):
     """What was chosen and set up for one attachment; a successor uses this, never newer defaults."""
 
@@ -61,3 +75,5 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """QSD holds nothing in its memory that it has acknowledged: it has not exported yet, or has closed the source."""
     open_seconds: float = 0.0
     """How long QSD took to open the source, 0 before."""
+    layers: list[Layer] = []
+    """The images that were opened, the disk first; empty before."""

@@ -17,6 +17,8 @@ from storaged.model.names import check_name
 #: Options of the volume itself; a backend adds its own (see storaged/backends).
 COMMON_OPTIONS = {
     "backing": "allow:PATH[:PATH…], the images and directories that backing files may come from",
+    "backing-sources": "SOURCE[ SOURCE…], the sources on the network that backing files may be; one that ends in / "
+    "stands for all below it",
     "cache": "none, writeback, writethrough, directsync or unsafe, as for QEMU; default writeback",
     "detect-zeroes": "off, on or unmap: what becomes of blocks of zeroes that are written; default off",
     "discard": "unmap, or ignore: what is discarded stays where it is; default unmap",

@@ -11,6 +11,7 @@ import msgspec
 from storaged.errors import ErrorCode, StoragedError
 from storaged.model.formats import Format
 from storaged.model.spec import VolumeSpec
+from storaged.model.treespec import spelled_out
 
 SUFFIX = ".toml"
 
@@ -48,11 +49,15 @@ def parse_volume_file(text: bytes, path: str, name: str) -> VolumeSpec:
         file = msgspec.convert(values, VolumeFile)
     except msgspec.ValidationError as error:
         raise refuse(f"{path} cannot be understood", str(error)) from error
-    return VolumeSpec(
+    spec = VolumeSpec(
         name=name, source=file.source, format=file.format, transport=file.transport, read_only=file.read_only,
         snapshot=file.snapshot, snapshot_dir=file.snapshot_dir,
         options={key: _text(value) for key, value in file.options.items()},
     )
+    try:
+        return spelled_out(spec, file.format if "format" in values else None)
+    except StoragedError as error:
+        raise refuse(f"{path}: {error.message}", error.cause, error.hint) from error
 
 
 def _text(value: str | int | bool) -> str:

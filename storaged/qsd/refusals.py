@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from storaged.errors import ErrorCode, StoragedError
+from storaged.qsd.drivers import lack_of
 
 #: (pattern in QEMU's text, code, message, hint); the first that matches counts.
 _KNOWN: list[tuple[str, ErrorCode, str, str]] = [
@@ -67,12 +68,6 @@ _KNOWN: list[tuple[str, ErrorCode, str, str]] = [
         r"^CURL: ",
         ErrorCode.OPEN_FAILED, "the server and we do not understand each other",
         "the words are libcurl's; try the same with curl",
-    ),
-    (
-        r"does not accept value 'gluster'",
-        ErrorCode.UNSUPPORTED, "this qemu-storage-daemon knows no gluster any more",
-        "QEMU gives it up since 10.0: name an older one in storaged.toml, or mount the volume with mount.glusterfs and "
-        "attach the file",
     ),
     (
         r"^Gluster connection for volume",
@@ -292,17 +287,6 @@ _KNOWN: list[tuple[str, ErrorCode, str, str]] = [
     ),
     (r"No such file or directory", ErrorCode.SOURCE_MISSING, "the source is not there", "check the path"),
     (
-        r"Unknown driver",
-        ErrorCode.UNSUPPORTED, "this qemu-storage-daemon lacks the block driver",
-        "install qemu-block-extra",
-    ),
-    (
-        r"does not accept value 'vitastor'",
-        ErrorCode.UNSUPPORTED, "this qemu-storage-daemon has no driver for Vitastor",
-        "it must be Vitastor's build, which may stand beside the other: [qsd.binaries] vitastor = \"/path\" in "
-        "storaged.toml names it",
-    ),
-    (
         r"image does not exist",
         ErrorCode.SOURCE_MISSING, "the Vitastor cluster has no image of that name",
         "vitastor-cli ls shows those that it has; check -o etcd-prefix, too",
@@ -357,6 +341,9 @@ _KNOWN: list[tuple[str, ErrorCode, str, str]] = [
 
 def explain(command: str, text: str) -> StoragedError:
     """Return the failure that QSD's refusal of a QMP command amounts to; its own words become the cause."""
+    lacks = lack_of(text)
+    if lacks is not None:
+        return lacks
     for pattern, code, message, hint in _KNOWN:
         if re.search(pattern, text, re.IGNORECASE):
             return StoragedError(code, message, cause=text, hint=hint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 from storaged.errors import ErrorCode, StoragedError
@@ -126,7 +127,13 @@ class Attachment(Holding):
         node, objects = opening.outside(wanted, self.spec, self.directory)
         if fetching.is_fetched(self.spec):
             node = fetching.located(node, fetching.path_of(self.environment.layout, self.spec.name))
-        return qemu_arguments(node, self.spec, self.record, objects)
+        found = qemu_arguments(node, self.spec, self.record, objects)
+        layers = self.record.layers if self.record is not None else []
+        if wanted.is_open_ended and (len(layers) > 1 + self.spec.snapshot or any(layer.data_file for layer in layers)):
+            # In one -blockdev QEMU would follow the headers (model/blockdev.image_nodes).
+            note = "the image stands on others, behind servers: what QEMU needs for these is not told here"
+            found = dataclasses.replace(found, blockdev=[], drive=[], notes=[*found.notes, note])
+        return found
 
     def _linked(self, seen: Seen) -> bool:
         directory = self.environment.layout.dev_dir
@@ -256,6 +263,7 @@ class Attachment(Holding):
         """The volume is gone, or the daemon ends: let go of everything without touching it."""
         self.forget_connection()
         self.stop_protecting()
+        self.end_of_locks()
         self.environment.claims.drop(self.spec.name)
         await self.qsd.leave()
 

@@ -20,6 +20,7 @@ from storaged.errors import ErrorCode, StoragedError
 from storaged.host import download
 from storaged.host import secrets as host_secrets
 from storaged.host.identity import file_identity
+from storaged.model import backingsources
 from storaged.model.layout import Layout
 from storaged.model.spec import VolumeSpec
 from storaged.qsd.version import QsdVersion, curl_loses_requests
@@ -38,15 +39,16 @@ def is_fetched(spec: VolumeSpec) -> bool:
 
 def check_program(spec: VolumeSpec, version: QsdVersion) -> None:
     """Raise UNSUPPORTED where QSD would lose requests to the source, which then wait for ever."""
-    backend = find_backend(spec.source)
-    if not isinstance(backend, CurlBackend) or backend.is_fetched(spec.options) or not curl_loses_requests(version):
-        return
-    raise StoragedError(
-        ErrorCode.UNSUPPORTED, f"qemu-storage-daemon {version} cannot read from {backend.name} reliably",
-        cause="of requests that end at the same time it forgets all but one, and whoever reads waits for ever",
-        hint="say -o fetch=whole: the file is fetched first; or use QEMU 10.0.9 or newer (Debian 13), for this backend "
-        "alone by binaries in storaged.toml",
-    )
+    own = find_backend(spec.source)
+    opened = [*([] if is_fetched(spec) else [own]), *backingsources.backends(spec)]
+    for backend in opened:
+        if isinstance(backend, CurlBackend) and curl_loses_requests(version):
+            raise StoragedError(
+                ErrorCode.UNSUPPORTED, f"qemu-storage-daemon {version} cannot read from {backend.name} reliably",
+                cause="of requests that end at the same time it forgets all but one, and whoever reads waits for ever",
+                hint=("say -o fetch=whole: the file is fetched first; or " if backend is own else "")
+                + "use QEMU 10.0.9 or newer (Debian 13), for this backend alone by binaries in storaged.toml",
+            )
 
 
 def directory(layout: Layout) -> str:

@@ -10,6 +10,7 @@ from storaged.backends import find_backend
 from storaged.errors import StoragedError
 from storaged.host import disk, process, tcp
 from storaged.host.tcpwatch import ConnectionWatch
+from storaged.model import backingsources
 from storaged.model.health import (
     STALLED_AFTER,
     STOPPED,
@@ -107,7 +108,8 @@ class Health:
     def _recovers(self) -> bool:
         try:
             # Asked at each look, of all volumes: whether it is a NetworkBackend would cost more to find out.
-            return bool(getattr(find_backend(self._held.spec.source), "recovers", True))
+            opened = [find_backend(self._held.spec.source), *backingsources.backends(self._held.spec)]
+            return all(getattr(backend, "recovers", True) for backend in opened)
         except StoragedError:
             return True  # what another version of the daemon has attached
 

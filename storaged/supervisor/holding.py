@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
@@ -65,6 +67,8 @@ class Holding:
         self.connection_lost = False
         self.stalled = False
         """Requests of the device are in flight and none ends, as far as is known: nothing may wait for them."""
+        self.locks_to: socket.socket | None = None
+        """Leads to QSD, for the locks of what is found while it opens the source; see hand_locks_over."""
         self._wake = wake
         self._writing: asyncio.Task[None] | None = None
         self._protecting: asyncio.Task[None] | None = None
@@ -85,6 +89,27 @@ class Holding:
         if self.record is None:
             raise StoragedError(ErrorCode.INTERNAL, "a step needs a record and there is none")
         return self.record
+
+    def hand_locks_over(self, fds: list[int]) -> None:
+        """Give QSD descriptors that hold locks, and close them here.
+
+        They wait, unread, in a socket that it has inherited: open as long as it lives (unix(7), SCM_RIGHTS).
+        """
+        try:
+            if fds:
+                if self.locks_to is None:
+                    raise StoragedError(ErrorCode.INTERNAL, "there is no way to give locks to qemu-storage-daemon")
+                for fd in fds:
+                    socket.send_fds(self.locks_to, [b"lock"], [fd])
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def end_of_locks(self) -> None:
+        """QSD gets no more locks."""
+        if self.locks_to is not None:
+            self.locks_to.close()
+            self.locks_to = None
 
     async def note(self, **changes: object) -> None:
         """Change the record, in memory and on the disk. Raises what it cannot be written for."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -38,9 +39,13 @@ class Started:
     monitor: socket.socket
     pid: int
     pidfd: int
+    locks_to: socket.socket | None = None
+    """By which it gets locks while it opens the source, where these are not all known yet."""
 
     def give_up(self) -> None:
         """Nobody waits for this QSD any more, and it has opened nothing yet."""
+        if self.locks_to is not None:
+            self.locks_to.close()
         self.monitor.close()
         process.kill(self.pidfd)
         os.close(self.pidfd)
@@ -75,7 +80,7 @@ def launch(
     if given_up.is_set():
         # The source let this thread hang for so long that the volume may be gone by now.
         raise StoragedError(ErrorCode.HOST_STUCK, "too late")
-    if former is not None and former.sources and former.sources != wanted.sources:
+    if former is not None and former.sources and not opening.is_same(wanted, former.sources):
         raise StoragedError(
             ErrorCode.SOURCE_CHANGED, "the source is not the one that was attached",
             cause="it was replaced or moved while qemu-storage-daemon was down",
@@ -83,7 +88,11 @@ def launch(
         )
     if former is not None and former.size:
         fetching.refuse_lost_copy(spec, environment.layout)
-    environment.claims.hold(spec.name, wanted.sources)
+    locked = wanted
+    if former is not None and wanted.is_open_ended:
+        # All that its predecessor had, before the headers tell whether it is still so.
+        locked = replace(wanted, sources={**wanted.sources, **former.sources})
+    environment.claims.hold(spec.name, locked.sources)
     held: list[int] = []
     try:
         if former is None:
@@ -102,7 +111,7 @@ def launch(
         held += take_names(site, transport.claims(site), environment.lock_directory)
         if former is None:
             transport.refuse_foreign(site)
-        held += opening.take(wanted, environment.lock_directory, _owner(site))
+        held += opening.take(locked, environment.lock_directory, owner_of(site))
         if given_up.is_set():
             # Modules or netlink let this thread hang for so long.
             raise StoragedError(ErrorCode.HOST_STUCK, "too late")
@@ -110,7 +119,7 @@ def launch(
             spec, wanted, environment.layout, deadline=deadline, stop=given_up, progress=progress
         )
         place = _reserve_overlay(spec, environment) if spec.snapshot else None
-        record = msgspec.structs.replace(record, sources=dict(wanted.sources), overlay=place)
+        record = msgspec.structs.replace(record, sources=dict(locked.sources), overlay=place)
         return _run(record, wanted, site, environment, held)
     finally:
         for fd in held:
@@ -136,7 +145,12 @@ def _run(
     further = _provide(wanted.requirements, record.spec, directory) if wanted is not None else {}
     write_record(directory, record)
     environment.fault("start: recorded")
-    with bind_unix(qmp_socket(directory), mode=0o600) as listener:
+    locks_to: socket.socket | None = None
+    with contextlib.ExitStack() as ends:
+        listener = ends.enter_context(bind_unix(qmp_socket(directory), mode=0o600))
+        if wanted is not None and wanted.is_open_ended:
+            locks_to, kept = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            held = [*held, ends.enter_context(kept).fileno()]
         # In the backlog before QSD is there: it is served as soon as its main loop runs.
         monitor = connect_unix(qmp_socket(directory))
         objects = TRANSPORTS[record.transport].objects(record)
@@ -145,7 +159,7 @@ def _run(
             secret=wanted is not None and _holds_secrets(wanted, record.spec),
         )
     environment.fault("start: spawned")
-    return Started(wanted, record, monitor, pid, pidfd)
+    return Started(wanted, record, monitor, pid, pidfd, locks_to)
 
 
 def _holds_secrets(wanted: opening.Opening, spec: VolumeSpec) -> bool:
@@ -174,7 +188,7 @@ def take_names(site: Site, names: tuple[str, ...], directory: str) -> list[int]:
     held: list[int] = []
     for name in names:
         try:
-            held.append(locks.take_lock(directory, name, exclusive=True, owner=_owner(site)))
+            held.append(locks.take_lock(directory, name, exclusive=True, owner=owner_of(site)))
         except StoragedError as error:
             for fd in held:
                 os.close(fd)
@@ -191,5 +205,6 @@ def _reserve_overlay(spec: VolumeSpec, environment: Environment) -> str:
     return overlay.reserve(environment.layout.snapshots_dir, place, spec.name)
 
 
-def _owner(site: Site) -> str:
+def owner_of(site: Site) -> str:
+    """What an error about a lock calls the volume that holds it."""
     return f"volume {site.name} ({site.directory})"

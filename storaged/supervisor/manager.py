@@ -17,6 +17,7 @@ from storaged.errors import ErrorCode, StoragedError
 from storaged.host.atomic import write_atomic
 from storaged.host.blocking import BlockingCalls
 from storaged.host.process import boot_id
+from storaged.model import backingsources
 from storaged.model.names import check_name
 from storaged.model.plan import RESCUES, Goal
 from storaged.model.qemu_args import QemuArguments
@@ -253,6 +254,7 @@ class Manager:
             check_spec(spec, backend.options.keys() | options_of(spec.transport).keys())
             backend.check_options(spec.options)
             backend.parse(spec.source, spec.options)
+            backingsources.check(spec)
             if spec.snapshot:
                 overlay.limit_of(spec)
             check_transport(spec)

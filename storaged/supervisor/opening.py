@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,11 +19,12 @@ from storaged.backends.base import NO_REQUIREMENTS, NetworkBackend, Requirements
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import disk, locks, loop, process, secrets
 from storaged.host.blocking import BlockingCalls
-from storaged.host.chain import ImageFile, inspect_chain
+from storaged.host.chain import ImageFile, Reference, inspect_images
 from storaged.host.identity import block_identity, file_identity, identities, own_identity
-from storaged.model.blockdev import BASE, DISK, PASSPHRASE, SOURCE, Image, image_tree
+from storaged.model import backingsources
+from storaged.model.blockdev import BASE, DISK, PASSPHRASE, SOURCE, Image, image_nodes, image_tree
 from storaged.model.formats import Format
-from storaged.model.record import Record
+from storaged.model.record import Layer, Record
 from storaged.model.spec import VolumeSpec, check_spec
 from storaged.transports import options_of
 
@@ -49,12 +50,31 @@ class Opening:
     source: dict[str, Any] | None = None
     """A node that must be there before ``node``, which stands on it: the bytes behind a server, of which nobody has
     looked at the header of the image."""
+    images: tuple[Image, ...] = ()
+    """Those of the chain, as far as it is known before QSD runs."""
+    layers: tuple[Layer, ...] = ()
+    """What is told of each of ``images``; their sizes are not known yet."""
+    rest: Reference | None = None
+    """What names the next image, where the chain goes on behind a server."""
+    extents: int = 0
+    """How many nodes QEMU makes by itself beyond those that it is told: the extents of vmdk."""
+
     size: int | None = None
     """Bytes of a raw disk of this host; of others QSD tells when it has opened them."""
     remote: bool = False
     """Behind a server: its size is all that tells whether it changed, and is known once it is open."""
     safe_when_acknowledged: bool = False
     """What a dead QSD had acknowledged needs no flush by its successor."""
+
+    @property
+    def is_open_ended(self) -> bool:
+        """Whether the chain goes on, or may go on, in images whose headers only QSD can read."""
+        return self.source is not None or self.rest is not None
+
+    @property
+    def most_nodes(self) -> int:
+        """How many nodes QSD has when it has opened all that was found."""
+        return sum(2 + (image.data_file is not None) for image in self.images) + self.extents
 
     @property
     def secrets(self) -> tuple[Secret, ...]:
@@ -96,15 +116,33 @@ def inspect(spec: VolumeSpec, manner: Manner = AS_A_DEVICE) -> Opening:
     """
     backend = find_backend(spec.source)
     check_spec(spec, backend.options.keys() | options_of(spec.transport).keys())
+    backingsources.check(spec)
     backend.check_options(spec.options)
     path = backend.parse(spec.source, spec.options)
     if isinstance(backend, NetworkBackend):
         return _behind_a_server(backend, path, spec, manner)
-    chain = inspect_chain(path, spec.format, spec.allowed_backing, alone=manner.alone, device=manner.device)
+    chain, rest = inspect_images(
+        path, spec.format, spec.allowed_backing, alone=manner.alone, device=manner.device,
+        # Programs that work on images follow no chain behind servers.
+        elsewhere=lambda name: manner.device and backingsources.find(name, spec) is not None,
+    )
     if backend.name == "host_device" and not chain[0].block_device:
         raise StoragedError(
             ErrorCode.INVALID_SOURCE, f"{path} is no block device", hint="leave the prefix host_device: out"
         )
+    found = of_this_host(chain, spec, written=(2 if manner.commits else 1) if spec.writes_source else 0)
+    return replace(
+        found, node=tree(found.images, spec), rest=rest,
+        requirements=backingsources.requirements(spec, requirements_of_image(spec)),
+    )
+
+
+def of_this_host(chain: Sequence[ImageFile], spec: VolumeSpec, *, written: int, top: bool = True) -> Opening:
+    """Return what is locked and claimed of a chain's images on this host, and their nodes; no tree yet.
+
+    So many of the first are ``written`` to. ``top``: the first is the disk's own image. Raises INVALID_SOURCE, and
+    SOURCE_IN_USE where a foreign loop device stands on one.
+    """
     for image in chain:
         for file in image.files():
             try:
@@ -114,18 +152,16 @@ def inspect(spec: VolumeSpec, manner: Manner = AS_A_DEVICE) -> Opening:
                     ErrorCode.INVALID_SOURCE, f"the path {file.path!a} is no UTF-8",
                     hint="QMP can carry nothing else: rename it",
                 ) from error
-    written = (2 if manner.commits else 1) if spec.writes_source else 0
-    images = [
+    images = tuple(
         Image(
             format=image.format,
-            protocol=_protocol(image, spec, read_only=number >= written),
-            data_file=_protocol(image.data_file, spec, read_only=number >= written)
+            protocol=protocol_of(image, spec, read_only=number >= written),
+            data_file=protocol_of(image.data_file, spec, read_only=number >= written)
             if image.data_file is not None else None,
-            encrypted=number == 0 and "encrypt" in spec.options,
+            encrypted=top and number == 0 and "encrypt" in spec.options,
         )
         for number, image in enumerate(chain)
-    ]
-    node = _tree(images, spec)
+    )
     files = [(file, number < written) for number, image in enumerate(chain) for file in image.files()]
     sources: dict[str, bool] = {}
     for file, exclusive in files:
@@ -133,23 +169,42 @@ def inspect(spec: VolumeSpec, manner: Manner = AS_A_DEVICE) -> Opening:
             sources[identity] = exclusively or sources.get(identity, False)
         _refuse_foreign_loop(file, exclusive)
     return Opening(
-        node=node,
+        node={},
         sources=sources,
         files=frozenset(own_identity(file) for file, _ in files),
         fingerprint=[_fingerprint(file) for file, _ in files] if spec.snapshot else [],
         claims=tuple(file.path for file, exclusive in files if file.block_device and exclusive),
         unclaimed=tuple(file.path for file, exclusive in files if file.block_device and not exclusive),
+        images=images,
+        layers=tuple(
+            Layer(
+                source=image.path, format=image.format, virtual_size=0,
+                data_file=image.data_file.path if image.data_file is not None else None,
+            )
+            for image in chain
+        ),
+        extents=sum(len(image.extents) for image in chain),
         size=chain[0].virtual_size if spec.format is Format.RAW else None,
-        requirements=requirements_of_image(spec),
     )
 
 
-def _tree(images: list[Image], spec: VolumeSpec) -> dict[str, Any]:
+def tree(images: Sequence[Image], spec: VolumeSpec) -> dict[str, Any]:
+    """Return the node of a chain of this host, or of one image."""
+    return image_tree(images, **_how(spec))
+
+
+def nodes(images: Sequence[Image], spec: VolumeSpec) -> list[dict[str, Any]]:
+    """Return the nodes of a chain that is not all of this host, the last image first."""
+    return image_nodes(images, **_how(spec))
+
+
+def _how(spec: VolumeSpec) -> Any:
+    cache = cache_flags(spec)
     if spec.snapshot:
-        return image_tree(images, read_only=True, node_name=BASE, cache=cache_flags(spec))
-    return image_tree(
-        images, read_only=not spec.writes_source, node_name=DISK, cache=cache_flags(spec), behaviour=behaviour(spec)
-    )
+        return {"read_only": True, "node_name": BASE, "cache": cache}
+    return {
+        "read_only": not spec.writes_source, "node_name": DISK, "cache": cache, "behaviour": behaviour(spec),
+    }
 
 
 def requirements_of_image(spec: VolumeSpec) -> Requirements:
@@ -173,18 +228,29 @@ def _behind_a_server(backend: NetworkBackend, location: str, spec: VolumeSpec, m
         assert isinstance(protocol, dict)
         source, protocol = {**protocol, "node-name": SOURCE}, SOURCE
     needed = backend.requirements(location, spec.options)
+    images = (Image(spec.format, protocol, encrypted="encrypt" in spec.options),)
     return Opening(
-        node=_tree([Image(spec.format, protocol, encrypted="encrypt" in spec.options)], spec),
+        node=tree(images, spec), images=images,
+        layers=(Layer(source=location, format=spec.format, virtual_size=0),),
         sources={backend.identity(location, os.path.realpath): spec.writes_source},
         files=frozenset(), fingerprint=[], claims=(), unclaimed=(), source=source, remote=True,
         safe_when_acknowledged=backend.safe_when_acknowledged,
-        requirements=replace(needed, secrets=(*needed.secrets, *requirements_of_image(spec).secrets)),
+        requirements=backingsources.requirements(
+            spec, replace(needed, secrets=(*needed.secrets, *requirements_of_image(spec).secrets))
+        ),
     )
 
 
 def _fingerprint(file: ImageFile) -> list[int]:
     # The node of a block device tells nothing about the device's content.
     return [0, file.size, 0] if file.block_device else [file.inode, file.size, os.stat(file.path).st_mtime_ns]
+
+
+def is_same(opening: Opening, sources: Mapping[str, bool]) -> bool:
+    """Whether what was looked at is what was attached, as far as it is known before QSD runs."""
+    if opening.is_open_ended:
+        return opening.sources.items() <= sources.items()
+    return dict(opening.sources) == dict(sources)
 
 
 def opened_as_wanted(opening: Opening, pid: int) -> bool:
@@ -230,7 +296,8 @@ def secret_object(secret: Secret, spec: VolumeSpec, directory: str) -> dict[str,
     return {"qom-type": "secret", "id": secret.id, "format": "base64", "data": text}
 
 
-def _protocol(file: ImageFile, spec: VolumeSpec, *, read_only: bool) -> dict[str, Any]:
+def protocol_of(file: ImageFile, spec: VolumeSpec, *, read_only: bool) -> dict[str, Any]:
+    """The node of a file or block device of this host."""
     backend = BACKENDS["host_device" if file.block_device else "file"]
     return backend.node(file.path, read_only=read_only, options=spec.options)
 

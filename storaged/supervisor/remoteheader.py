@@ -5,7 +5,6 @@ from __future__ import annotations
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host.nbdhandshake import reading
 from storaged.host.unixsock import connect_unix
-from storaged.model import blockdev
 from storaged.model.formats import Format
 from storaged.model.headers import ImageHeader, read_header
 from storaged.qsd.session import Session
@@ -16,27 +15,20 @@ from storaged.transports.nbd import NBD_SOCKET
 _EXPORT = "header"
 
 
-async def check(held: Holding, session: Session, format: Format, timeout: float) -> None:
-    """Refuse an image whose header is of another format, or names other files: QEMU would open them.
-
-    QSD has opened the bytes of the source as the node ``source``. Raises WRONG_FORMAT, UNSUPPORTED,
-    BACKING_NOT_ALLOWED, QSD_SILENT.
-    """
+async def read(held: Holding, session: Session, node: str, format: Format, timeout: float) -> ImageHeader:
+    """Return the header of the image in a node that QSD has open. Raises WRONG_FORMAT, UNSUPPORTED, QSD_SILENT."""
     server = NBD_SOCKET if held.transport.reconnects else None
 
     def work(path: str) -> ImageHeader:
         with connect_unix(path) as sock, reading(sock, _EXPORT, timeout) as (size, read):
             return read_header(format, read, size)
 
-    async with side_export(
-        session, blockdev.SOURCE, _EXPORT, directory=held.directory, server=server, timeout=timeout
-    ) as path:
-        header = await held.source_calls("look at the image's header", timeout, work, path)
-    refuse_references(header)
+    async with side_export(session, node, _EXPORT, directory=held.directory, server=server, timeout=timeout) as path:
+        return await held.source_calls("look at the image's header", timeout, work, path)
 
 
 def refuse_references(header: ImageHeader) -> None:
-    """Raise BACKING_NOT_ALLOWED where an image behind a server names another file."""
+    """Raise BACKING_NOT_ALLOWED where an image that has to stand alone names another file."""
     for reference in (*([header.backing] if header.backing is not None else []), *header.others):
         raise StoragedError(
             ErrorCode.BACKING_NOT_ALLOWED,

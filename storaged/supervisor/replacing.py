@@ -43,7 +43,7 @@ async def check_source(attachment: Attachment, timeout: float) -> None:
 
     def work() -> None:
         wanted = opening.inspect(spec)
-        if record.sources and wanted.sources != record.sources:
+        if record.sources and not opening.is_same(wanted, record.sources):
             raise StoragedError(
                 ErrorCode.SOURCE_CHANGED, "the source is not the one that was attached",
                 cause="it was replaced or moved, and qemu-storage-daemon may be the last that has it",

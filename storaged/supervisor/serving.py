@@ -8,16 +8,19 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import disk, process
 from storaged.model import blockdev
+from storaged.model.formats import Format
+from storaged.model.record import Layer
 from storaged.model.sizes import format_size
 from storaged.model.states import State
 from storaged.observe.journald import about
 from storaged.qsd.session import Session
-from storaged.supervisor import fingerprint, launch, opening, remoteheader
+from storaged.supervisor import fingerprint, launch, opening, remotechain
 from storaged.supervisor.holding import Holding, Told
 from storaged.supervisor.snapshot import open_snapshot
 
@@ -103,7 +106,9 @@ async def _fail_flushes(session: Session, size: int, timeout: float) -> None:
 
 
 async def _greet(held: Holding, started: launch.Started, timeout: float) -> None:
+    held.end_of_locks()
     held.opening, held.record, held.half_open = started.opening, started.record, False
+    held.locks_to = started.locks_to
     session = await held.qsd.greet(started.pidfd, started.monitor, timeout=timeout)
     # Only now it is surely itself: qsd.binary may be a script that executes the real one.
     held.note_meanwhile(process=process.identify(started.pid), qsd_version=session.version)
@@ -149,9 +154,8 @@ async def _open(held: Holding, wanted: opening.Opening, timeout: float) -> None:
         ))
     for needed in wanted.requirements.objects:
         await session.execute("object-add", needed)
-    if wanted.source is not None:
-        await session.execute("blockdev-add", wanted.source, timeout=timeout)
-        await remoteheader.check(held, session, spec.format, timeout)
+    if wanted.is_open_ended:
+        wanted = held.opening = await remotechain.complete(held, session, wanted, timeout)
     # QSD answers in the order in which it is asked: the question for the nodes goes right behind.
     as_wanted, sizes = await asyncio.gather(
         _add_and_look(held, session, wanted, timeout), session.node_names(timeout=timeout)
@@ -160,7 +164,12 @@ async def _open(held: Holding, wanted: opening.Opening, timeout: float) -> None:
         raise _replaced()
     _refuse_further_files(wanted, sizes)
     if spec.snapshot:
-        below = [[0, sizes[blockdev.BASE], 0]] if wanted.remote else wanted.fingerprint
+        # Of what is behind a server the size is all that tells whether it changed.
+        behind = [
+            [0, sizes[f"{blockdev.BASE}-{depth}" if depth else blockdev.BASE], 0]
+            for depth, layer in enumerate(wanted.layers) if not layer.source.startswith("/")
+        ]
+        below = [*behind, *wanted.fingerprint]
         await open_snapshot(
             spec, below, str(held.known().overlay), session, held.environment, held.source_calls, timeout
         )
@@ -203,8 +212,28 @@ async def _open(held: Holding, wanted: opening.Opening, timeout: float) -> None:
     which = await _tell_disk(held, wanted, timeout)
     # Once it is exported it may acknowledge writes: that it does waits for this to be on the disk.
     held.note_meanwhile(
-        size=size, source_size=source_size, fingerprint=which, settled=False, open_seconds=took
+        size=size, source_size=source_size, fingerprint=which, settled=False, open_seconds=took,
+        sources=dict(wanted.sources),
+        layers=layers_of(wanted.layers, sizes, held.known().overlay if spec.snapshot else None),
     )
+
+
+def layers_of(chain: Sequence[Layer], sizes: Mapping[str, int], overlay: str | None) -> list[Layer]:
+    """Return what is told of the images that were opened: ``sizes`` are those of the nodes, by name."""
+    top = blockdev.BASE if overlay is not None else blockdev.DISK
+    layers = [
+        Layer(
+            source=layer.source, format=layer.format, virtual_size=sizes[f"{top}-{number}" if number else top],
+            backing=chain[number + 1].source if number + 1 < len(chain) else None, data_file=layer.data_file,
+        )
+        for number, layer in enumerate(chain)
+    ]
+    if overlay is None:
+        return layers
+    disk = Layer(
+        source=overlay, format=Format.QCOW2, virtual_size=sizes[blockdev.DISK], backing=layers[0].source
+    )
+    return [disk, *layers]
 
 
 async def _tell_disk(held: Holding, wanted: opening.Opening, timeout: float) -> str:
@@ -249,11 +278,9 @@ async def _open_in_full(
     return sizes[blockdev.FULL]
 
 
-def _refuse_further_files(wanted: opening.Opening, nodes: dict[str, int]) -> None:
-    """Of an image behind a server, the header may have been another one when QEMU read it, and named a file of ours."""
-    if wanted.source is not None and not nodes.keys() <= {
-        blockdev.DISK, blockdev.FULL, blockdev.BASE, blockdev.SOURCE
-    }:
+def _refuse_further_files(wanted: opening.Opening, nodes: Mapping[str, int]) -> None:
+    """Behind a server, a header may have been another one when QEMU read it, and named one more file."""
+    if wanted.is_open_ended and len(nodes) > wanted.most_nodes:
         raise StoragedError(
             ErrorCode.SOURCE_CHANGED, "the image was changed while it was opened, and needs another file",
             hint="find out who changes it behind the server, then attach again",

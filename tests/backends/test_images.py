@@ -126,7 +126,7 @@ def test_a_snapshot_is_not_put_on_a_disk_of_another_size(
     server.start()
     daemon.attach("a", source, snapshot=True)
     server.kill()
-    os.truncate(disk, 32 << 20)
+    os.truncate(disk, 8 << 20)
     server.start()
     daemon.kill_qsd("a")
     eventually(lambda: daemon.show("a")["state"] == "failed", "it is refused")

@@ -85,6 +85,19 @@ def test_a_server_on_the_network(
     is_used(daemon, of(wire[0]), place, disk)
 
 
+def test_a_tree_of_nodes_names_the_same_disk_as_its_uri(
+    server: NbdServer, daemon: Daemon, source: str, place: Path, disk: Path
+) -> None:
+    node = {"driver": "nbd", "server": {"type": "unix", "path": str(place / "nbd sock")}, "export": EXPORT}
+    tree = "json:" + json.dumps({"driver": "raw", "file": node})
+    device = daemon.device("a", tree)
+    assert daemon.show("a")["source"] == source
+    assert daemon.device("a", source) == device
+    refuses(daemon, ErrorCode.SOURCE_IN_USE, source, "b")
+    daemon.detach("a")
+    is_used(daemon, tree, place, disk)
+
+
 def test_nbdkit_that_is_slow(daemon: Daemon, place: Path, disk: Path, source: str) -> None:
     server = NbdServer(disk, socket_path=place / "nbd sock")
     server.run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -90,6 +91,33 @@ def test_all_is_said_by_options_with_an_image_of_a_namespace(
     writes(daemon.device("a", "rbd:", options=options), 0, PATTERN)
     daemon.detach("a")
     assert has_pattern(cluster, f"{POOL}/{NAMESPACE}/{name}", place)
+
+
+def test_a_tree_of_nodes_names_the_same_disk_as_its_source(
+    cluster: CephCluster, daemon: Daemon, source: str, disk: str, place: Path
+) -> None:
+    pool, _, name = disk.partition("/")
+    tree = {"driver": "raw", "file.driver": "rbd", "file": {"pool": pool, "image": name, "conf": str(cluster.conf)}}
+    writes(daemon.device("a", "json:" + json.dumps(tree)), 0, PATTERN)
+    refuses(daemon, ErrorCode.SOURCE_IN_USE, source, "b")
+    daemon.detach("a")
+    assert has_pattern(cluster, disk, place)
+
+
+def test_an_image_of_this_host_on_one_of_the_cluster(
+    cluster: CephCluster, daemon: Daemon, source: str, disk: str, place: Path
+) -> None:
+    writes(daemon.device("a", source), 0, PATTERN)
+    daemon.detach("a")
+    top = place / "top.qcow2"
+    run("qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", source, "-F", "raw", top, "16M")
+    refuses(daemon, ErrorCode.BACKING_NOT_ALLOWED, top, format="qcow2", options={"backing-sources": f"rbd:{POOL}/"})
+    device = daemon.device("a", top, format="qcow2", options={"backing-sources": source})
+    assert reads(device, 0, len(PATTERN)) == PATTERN
+    writes(device, 0, bytes(len(PATTERN)))
+    refuses(daemon, ErrorCode.SOURCE_IN_USE, source, "b")
+    daemon.detach("a")
+    assert has_pattern(cluster, disk, place)
 
 
 def test_a_key_in_the_source_works_and_is_shown_nowhere(

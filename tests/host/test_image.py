@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import pty
 import re
@@ -491,3 +492,12 @@ def test_who_is_not_root_is_told_so(root: Daemon, place: Path) -> None:
     assert done.returncode == 1
     assert "permission-denied" in done.stderr
     assert "as root" in done.stderr
+
+
+def test_an_image_can_be_named_by_a_tree_of_nodes(daemon: Daemon, place: Path) -> None:
+    source = image(place / "a.qcow2", size="1M")
+    tree = json.dumps({"driver": "qcow2", "file": {"driver": "file", "filename": str(source)}})
+    told = as_json(image_command(daemon, "info", "--json", f"json:{tree}").stdout)
+    assert (told["format"], told["virtual-size"]) == ("qcow2", MIB)
+    assert failure(daemon, "info", "-f", "raw", f"json:{tree}")["code"] == "invalid-argument"
+    assert failure(daemon, "info", 'json:{"driver":"throttle"}')["code"] == "unsupported"

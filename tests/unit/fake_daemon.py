@@ -47,6 +47,7 @@ def volume(name: str, **changes: Any) -> JSON:
         "deaths": 0,
         "paused": None,
         "history": None,
+        "layers": [],
     } | changes
 
 

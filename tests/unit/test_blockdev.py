@@ -16,6 +16,7 @@ from storaged.model.blockdev import (
     OVERLAY_FILE,
     PASSPHRASE,
     Image,
+    image_nodes,
     image_tree,
     node_names_needed,
     overlay_file_node,
@@ -136,3 +137,14 @@ def test_an_overlay_cannot_outgrow_its_limit() -> None:
 def test_a_snapshot_counts_as_open_when_overlay_and_base_are() -> None:
     assert node_names_needed(False) == {DISK}
     assert node_names_needed(True) == {DISK, BASE, OVERLAY_FILE}
+
+
+def test_a_chain_in_nodes_of_their_own_is_named_from_below_and_only_its_top_is_written_to() -> None:
+    base = Image(Format.RAW, {"driver": "nbd"})
+    chain = [Image(Format.QCOW2, "source"), Image(Format.QCOW2, protocol("/b", True)), base]
+    nodes = image_nodes(chain, read_only=False, node_name="disk", cache={}, behaviour={"discard": "ignore"})
+    assert [node["node-name"] for node in nodes] == ["disk-2", "disk-1", "disk"]
+    assert [node.get("backing") for node in nodes] == [None, "disk-2", "disk-1"]
+    assert [node["read-only"] for node in nodes] == [True, True, False]
+    assert [node["discard"] for node in nodes] == ["unmap", "unmap", "ignore"]
+    assert image_nodes(chain[:1], read_only=True, node_name="base", cache={})[0]["backing"] is None

@@ -183,3 +183,23 @@ def test_findings_are_shown_without_rich_too(
         "fail  qsd: not installed",
         "      hint: apt install qemu-system-common",
     ]
+
+
+def layer(source: str, format: str = "qcow2", **more: Any) -> dict[str, Any]:
+    """An image as the API describes it."""
+    return {"source": source, "format": format, "virtual_size": 10 << 30, "backing": None, "data_file": None} | more
+
+
+def test_the_images_of_a_chain_are_a_table_and_one_image_alone_is_none() -> None:
+    alone = [layer("/srv/a")]
+    assert "IMAGE" not in render.volume_details(volume("a", layers=alone), NOW)
+    assert "IMAGE" not in render.volume_details({**volume("a"), "layers": None}, NOW)
+    chain = [layer("/srv/a", backing="nbd://h:1/b"), layer("nbd://h:1/b", data_file="/srv/\x1bd"), layer("/c", "raw")]
+    lines = render.volume_details(volume("a", layers=chain), NOW).partition("images:\n")[2].splitlines()
+    assert [line.split() for line in lines] == [
+        ["IMAGE", "FORMAT", "SIZE", "SOURCE"], ["disk", "qcow2", "10G", "/srv/a"],
+        ["backing", "1", "qcow2", "10G", "nbd://h:1/b"], ["its", "data", "raw", "/srv/\\x1bd"],
+        ["backing", "2", "raw", "10G", "/c"],
+    ]
+    sources = ("SOURCE", "/srv/a", "nbd", "/srv", "/c")
+    assert len({line.index(word) for line, word in zip(lines, sources, strict=True)}) == 1

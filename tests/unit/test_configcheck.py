@@ -159,6 +159,19 @@ def test_a_reload_leaves_what_needs_a_restart_as_it_was_and_says_it_each_time() 
     assert combine(now, new) == (now, Reloaded([], ["socket_group"]))
 
 
+def test_what_is_wrong_with_all_files_together_is_said_where_it_was_said_last() -> None:
+    localhost = b'[metrics]\nlisten = "127.0.0.1:1"\n'
+    drop_in = b'\n[metrics]\n\nlisten = "[::]:1"\n'
+    config, problems = check_files([("/f", localhost), ("/f.d/a", drop_in), ("/f.d/b", b"")])
+    assert config is None
+    (problem,) = problems
+    assert (problem.file, problem.line, problem.key) == ("/f.d/a", 4, "metrics.listen")
+    protected = b'[metrics]\nweb_config = "/web.yml"\n'
+    config, problems = check_files([("/f", protected), ("/f.d/a", b'[metrics]\nlisten = "[::]:1"\n')])
+    assert config is not None
+    assert problems == []
+
+
 def test_the_files_of_volumes_are_checked_too(layout: Layout, capsys: pytest.CaptureFixture[str]) -> None:
     root = layout.config_dir.removesuffix("/etc/storaged")
     os.makedirs(layout.volume_files)

@@ -27,6 +27,7 @@ from storaged.model.diagnosis import (
     Facts,
     Finding,
     Library,
+    Opener,
     Status,
     diagnose,
 )
@@ -68,6 +69,7 @@ HEALTHY = Facts(
     state_dir=Directory("/var/lib/storaged", free=10 << 30),
     daemon_version="0.1.0",
     own_version="0.1.0",
+    openers=(Opener("qemu-storage-daemon", ("file", "nbd", "rbd"), QsdVersion(10, 0, 13)),),
 )
 
 
@@ -83,6 +85,20 @@ def test_a_healthy_host_has_nothing_but_ok() -> None:
     assert len({finding.check for finding in findings}) == len(findings)
     assert not any(finding.hint for finding in findings)
     assert doctor.exit_status(findings) == 0
+
+
+def test_each_backend_is_said_to_be_opened_or_not_and_by_which_program() -> None:
+    lacks = {"rbd": ("no module", "apt install it")}
+    one = Opener("qsd", ("file", "rbd", "http"), QsdVersion(7, 2, 22), lacks=lacks, only_whole=frozenset({"http"}))
+    other = Opener("/opt/qsd", ("vitastor",), problem="it is gone", hint="bring it back")
+    findings = diagnose(dataclasses.replace(HEALTHY, openers=(one, other), curl=False))
+    told = {finding.check: (finding.status, finding.detail, finding.hint) for finding in findings}
+    assert told["backends of qsd"][:2] == (Status.OK, "qemu-storage-daemon 7.2.22 opens file, http")
+    assert told["backend rbd"] == (Status.INFO, "no module", "apt install it")
+    assert told["backend http"][0] is Status.INFO
+    assert "fetch=whole" in told["backend http"][1]
+    assert told["backend vitastor"] == (Status.WARN, "/opt/qsd: it is gone", "bring it back")
+    assert told["backend tftp"][0] is Status.INFO
 
 
 def test_a_warning_is_no_failure() -> None:

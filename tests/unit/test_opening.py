@@ -165,7 +165,7 @@ def test_an_image_behind_a_server_stands_on_its_bytes_and_names_nothing_else() -
     found = opening.inspect(spec("nbd://a.invalid", format=Format.QCOW2))
     assert found.source is not None
     assert (found.node["file"], found.node["backing"]) == (found.source["node-name"], None)
-    assert found.remote
+    assert [layer.source for layer in found.layers] == ["nbd://a.invalid:10809/"]
 
 
 def test_one_disk_at_two_servers_is_one_lock_and_two_wishes() -> None:

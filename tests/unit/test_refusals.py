@@ -24,6 +24,7 @@ OPENING = [
     ("Could not open '/nosuch': No such file or directory", C.SOURCE_MISSING),
     ("Could not open '/passwords.img': No such file or directory", C.SOURCE_MISSING),
     ("Unknown driver 'rbd'", C.UNSUPPORTED),
+    ("Parameter 'driver' does not accept value 'vitastor'", C.UNSUPPORTED),
     ("Parameter 'driver' does not accept value 'nosuch'", C.UNSUPPORTED),
     ("Parameter 'aio' does not accept value 'io_uring'", C.UNSUPPORTED),
     ("Invalid password, cannot unlock any keyslot", C.OPEN_FAILED),

@@ -27,6 +27,14 @@ def refused(text: bytes) -> StoragedError:
     return caught.value
 
 
+def test_a_tree_of_nodes_becomes_the_source_that_it_names_or_is_refused_without_its_secrets() -> None:
+    found = parse_volume_file(b"""source = 'json:{"driver":"qcow2","file.driver":"nbd","file.host":"h"}'""", PATH, "a")
+    assert found == VolumeSpec(name="a", source="nbd://h:10809/", format=Format.QCOW2)
+    tree = b"""source = 'json:{"driver":"luks","key-secret":"hunter2","file.filename":"/a"}'"""
+    assert "hunter2" not in str(refused(tree))
+    refused(b"""format = "vdi"\nsource = 'json:{"driver":"qcow2","file.filename":"/a"}'""")
+
+
 def test_every_key_is_taken_over_and_only_the_source_is_needed() -> None:
     text = b"""
         source = "nbd://h/x"
