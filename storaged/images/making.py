@@ -59,7 +59,7 @@ def create(task: Task, wish: Wish, size: str | None, backing: Backing | None) ->
         raise StoragedError(ErrorCode.INVALID_ARGUMENT, "an image needs a size", hint="say one: 10G")
     with workspace(task.layout) as place:
         length = parse_size(size) if size is not None else _size_of(task, _below(backing, one), place)
-        with _made(task, one, length, backing, place, filled=False):
+        with _made(task, one, length, backing, place):
             pass
 
 
@@ -76,7 +76,7 @@ def convert(task: Task, wish: Wish, target: Wish, manner: Manner, backing: Backi
     with workspace(task.layout) as place:
         with opened(task, [source], place=place) as given:
             size = virtual_size(source, given)
-        with _target(task, made, size, backing, place, manner) as (full, is_new):
+        with _target(task, made, size, backing, place, manner, source) as (full, is_new):
             with opened(task, [source, full], place=place) as given:
                 words = ["-n", "-O", str(full.spec.format), *_words(manner, backing, is_new=is_new, target=full)]
                 names = [given.names[one.spec.name] for one in (source, full)]
@@ -114,9 +114,9 @@ def _words(manner: Manner, backing: Backing | None, *, is_new: bool, target: Ope
 
 @contextlib.contextmanager
 def _target(
-    task: Task, made: Operand, size: int, backing: Backing | None, place: Workspace, manner: Manner
+    task: Task, made: Operand, size: int, backing: Backing | None, place: Workspace, manner: Manner, source: Operand
 ) -> Iterator[tuple[Operand, bool]]:
-    """Yield the image to be filled, and whether it is a new one."""
+    """Yield the image to be filled from ``source``, and whether it is a new one."""
     if manner.into:
         operand.refuse_creation_options(made)
         yield operand.looked_at(_allowing(made, backing)), False
@@ -125,7 +125,7 @@ def _target(
         operand.refuse_creation_options(made)
         yield operand.looked_at(made), False
     else:
-        with _made(task, made, size, backing, place, filled=True) as (full, is_new):
+        with _made(task, made, size, backing, place, source=source) as (full, is_new):
             yield full, is_new
 
 
@@ -138,15 +138,19 @@ def _is_slot(one: Operand) -> bool:
 
 @contextlib.contextmanager
 def _made(
-    task: Task, one: Operand, size: int, backing: Backing | None, place: Workspace, *, filled: bool
+    task: Task, one: Operand, size: int, backing: Backing | None, place: Workspace, *, source: Operand | None = None
 ) -> Iterator[tuple[Operand, bool]]:
-    """Make an image, and yield it as one that was looked at, and whether nothing was there before."""
+    """Make an image, and yield it as one that was looked at, and whether nothing was there before.
+
+    ``source`` is what it will be filled from. Raises INVALID_ARGUMENT, with nothing written, where the image would be
+    made over that, or over its own backing file.
+    """
     path = one.local_path
     if path is not None and not operand.is_block_device(one):
         with new_file(path, one.spec.format) as part:
             here = replace(one, spec=msgspec.structs.replace(one.spec, source=f"file:{part}"))
             _format_file(task, here, part, size, backing, place)
-            yield operand.looked_at(_allowing(here, backing)) if filled else here, True
+            yield operand.looked_at(_allowing(here, backing)) if source is not None else here, True
         return
     if one.spec.format is Format.RAW and _is_slot(one):
         raise StoragedError(
@@ -155,6 +159,8 @@ def _made(
         )
     if path is not None:
         raw = operand.looked_at(_as_raw(one))
+        below = [] if backing is None else [operand.look(_below(backing, one), writable=False, alone=True)]
+        _refuse_same(raw, source, *below)
         with opened(task, [raw], place=place):
             _format_file(task, one, path, size, backing, place)
         yield operand.looked_at(_allowing(one, backing)), False
@@ -168,11 +174,19 @@ def _made(
     if new and _answers(task, one, place):
         raise is_there(one.shown())
     bare = operand.looked_at(one)
+    _refuse_same(bare, source)
     with _unchecked(task, bare, place) as given:
         task.doing(f"creating {one.shown()}")
         options = {**one.creation, **arguments.encryption(one.spec.format, one.spec.options, one.prefix)}
         remotecreate.create(bare, given, task.config, size, options, is_there=not new)
     yield bare, new
+
+
+def _refuse_same(made: Operand, *read: Operand | None) -> None:
+    """What is read must not be what a header is written to: that would be its end, before anything was read."""
+    for other in read:
+        if other is not None:
+            operand.together([other, made])
 
 
 @contextlib.contextmanager

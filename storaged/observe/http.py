@@ -13,7 +13,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -135,7 +135,7 @@ class MetricsServer:
             return
         with listener:
             while True:
-                select.select([listener.fileno(), self._stop_reader], [], [])
+                _wait_for([listener.fileno(), self._stop_reader], None)
                 if self._is_stopping(0):
                     return
                 try:
@@ -153,7 +153,7 @@ class MetricsServer:
                     accepted.close()
 
     def _is_stopping(self, seconds: float) -> bool:
-        return bool(select.select([self._stop_reader], [], [], seconds)[0])
+        return _wait_for([self._stop_reader], seconds)
 
     def _listen(self) -> socket.socket | None:
         told = ""
@@ -240,6 +240,14 @@ class MetricsServer:
         except TimeoutError:
             return _Answer(503, b"the daemon's event loop does not answer\n")
         return _Answer(200, content, content_type)
+
+
+def _wait_for(descriptors: Iterable[int], seconds: float | None) -> bool:
+    """Wait until there is something to read. Not by select(2), which knows no descriptor above 1023."""
+    poll = select.poll()
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(None if seconds is None else seconds * 1000))
 
 
 def _listener(host: str, port: int) -> socket.socket:

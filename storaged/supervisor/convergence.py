@@ -85,6 +85,11 @@ class Convergence(Actor):
         """Seconds for which I/O has waited in the volume's life, the present pause included."""
         return self.history.waited + self._journal.pause
 
+    @property
+    def parked(self) -> bool:
+        """Whether it was ended because the host goes down, and is wished for all the same."""
+        return self._parked
+
     # Towards the goal -----------------------------------------------------------------------------------------
 
     def _set_back(self) -> None:

@@ -84,8 +84,15 @@ async def grow(held: Holding, size: int | None, timeout: float) -> int:
             raise StoragedError(
                 ErrorCode.INVALID_ARGUMENT, "what size the source has by now cannot be told", hint="say the new size"
             )
-        # The rest of a block cannot be used, as at an attach of that format.
-        size = max(present, source - source % max(512, spec.logical_block_size))
+        size = max(present, source)
+        rest = size % max(512, spec.logical_block_size)
+        if rest and size - rest > present:
+            # Nor is it attached at that size. To leave the rest out, QEMU would cut it off.
+            raise StoragedError(
+                ErrorCode.INVALID_SIZE, f"the source has {source} bytes, which is no multiple of the block size",
+                hint=f"make it {size - rest + max(512, spec.logical_block_size)} bytes, and try again",
+            )
+        size -= rest
         check(held.known(), held.transport, present, size)
     elif source is not None:
         check_source(source, size)

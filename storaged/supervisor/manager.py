@@ -45,6 +45,8 @@ class Manager:
         self._actors: dict[str, asyncio.Task[None]] = {}
         self._blocking = BlockingCalls("storaged")
         self._files = Found()
+        #: Ended as the host goes down. What is wished for, and what is kept of them, is the next daemon's.
+        self._parked: set[str] = set()
         #: They are read, or a mark is made: what is read before a mark and kept after it would undo it.
         self._files_change = asyncio.Lock()
 
@@ -64,7 +66,7 @@ class Manager:
         self._tell_bad_files()
         for name, spec in self._files.volumes.items():
             volume = self._volumes.get(name)
-            if volume is None and name not in self._files.detached:
+            if volume is None and name not in self._files.detached | self._parked:
                 desired = Desired(spec=spec)
                 await self._blocking("store what is wished", 30, self.environment.volatile.put, desired)
                 if name not in self._volumes:
@@ -97,6 +99,8 @@ class Manager:
     def get(self, name: str) -> Volume:
         """Return a volume. Raises NO_SUCH_VOLUME, and of one whose file is of no use what is wrong with that."""
         volume = self._volumes.get(name)
+        if volume is None and name in self._parked:
+            raise _gone_down(name)
         if volume is None and name in self._files.bad:
             raise self._files.bad[name]
         if volume is None and name in self._files.detached:
@@ -126,6 +130,9 @@ class Manager:
         patience = timeout or self.environment.config.attach_timeout
         while True:
             volume = self._volumes.get(spec.name)
+            if volume is None and spec.name in self._parked:
+                # A first attach that fails takes all of the name away: the wish, and the changes of a snapshot.
+                raise _gone_down(spec.name)
             if volume is None:
                 volume = Volume(Desired(spec=spec), self.environment, fresh=True)
                 self._begin(volume, adopt=False)
@@ -284,6 +291,8 @@ class Manager:
         if self._volumes.get(name) is volume:
             del self._volumes[name]
             del self._actors[name]
+            if volume.parked:
+                self._parked.add(name)
 
     # At the start ----------------------------------------------------------------------------------------------
 
@@ -406,3 +415,9 @@ class Manager:
             pass
         write_atomic(marker, now.encode())
 
+
+def _gone_down(name: str) -> StoragedError:
+    return StoragedError(
+        ErrorCode.VOLUME_BUSY, "the volume was ended because the host shuts down", volume=name,
+        hint="it comes back with the next start of the daemon: systemctl restart storaged",
+    )

@@ -130,6 +130,18 @@ def test_a_resize_takes_what_others_have_added_while_qsd_runs(daemon: Daemon, pl
     assert size_of(daemon) == source.stat().st_size == NEW
 
 
+def test_a_part_of_a_block_is_not_cut_off(daemon: Daemon, place: Path) -> None:
+    source = image(place / "a.raw", "raw")
+    daemon.device("a", source, options={"logical-block-size": "4096"})
+    os.truncate(source, NEW + 512)
+    refused = error_of(lambda: daemon.call("Resize", name="a"))
+    assert (refused.code, f"{NEW + 4096} bytes" in refused.hint) == (ErrorCode.INVALID_SIZE, True)
+    assert source.stat().st_size == NEW + 512
+    os.truncate(source, NEW + 4096)
+    daemon.call("Resize", name="a")
+    assert size_of(daemon) == source.stat().st_size == NEW + 4096
+
+
 @pytest.mark.parametrize("seen", [False, True], ids=["not seen", "seen"])
 def test_a_resize_never_cuts_off_what_others_have_added(daemon: Daemon, place: Path, seen: bool) -> None:
     source = image(place / "a.raw", "raw")

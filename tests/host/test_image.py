@@ -422,6 +422,19 @@ def test_a_block_device_is_written_unless_somebody_uses_it(daemon: Daemon, place
     assert told(daemon, "info", "-f", "qcow2", device)["virtual-size"] == 4 * MIB
 
 
+def test_a_format_is_not_put_on_what_is_to_be_read(daemon: Daemon, place: Path) -> None:
+    device = daemon.device("a", data(place / "a.raw", 8))
+    before = Path(device).read_bytes()
+    (place / "link").symlink_to(device)
+    assert failure(daemon, "convert", device, "-O", "qcow2", place / "link")["code"] == "invalid-argument"
+    assert failure(daemon, "create", "-f", "qcow2", "-b", device, place / "link", "8M")["code"] == "invalid-argument"
+    source = data(place / "b.raw", 1)
+    words = ["convert", source, "-O", "qcow2", "-B", device, place / "link"]
+    assert failure(daemon, *words)["code"] == "invalid-argument"
+    run("blockdev", "--flushbufs", device)
+    assert Path(device).read_bytes() == before
+
+
 FAKE = """\
 #!/usr/bin/python3
 import json, os, sys

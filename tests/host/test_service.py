@@ -163,6 +163,11 @@ def test_parked_volumes_are_flushed_and_ended_but_those_in_use_and_all_come_back
         assert stopped.names() == ["used"]
         assert stopped.online("used")
     run("qemu-img", "check", "-q", "-f", "qcow2", source)
+    # Who takes the name for another source, or for the same, must not end what is kept of the volume.
+    for other in (place / "missing.raw", below):
+        refused = error_of(lambda other=other: stopped.attach("s", other, transport="fuse"))  # type: ignore[misc]
+        assert refused.code is ErrorCode.VOLUME_BUSY
+    assert error_of(lambda: stopped.detach("s")).code is ErrorCode.VOLUME_BUSY
     stopped.stop()
     stopped.start()
     for name in ("a", "s", "used"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import logging
+import os
+import resource
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -72,6 +74,21 @@ def test_a_scrape_is_answered_in_the_format_that_it_asks_for() -> None:
         assert b"Content-Type: text/plain; for=application/x" in head
         assert get(server, method="HEAD")[::2] == (200, b"")
         assert get(server, "/metrics?name[]=x")[0] == 200
+
+
+def test_a_daemon_with_more_than_1024_descriptors_is_scraped_too() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2048)), hard))
+    taken = [os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)]
+    try:
+        while taken[-1] < 1024:
+            taken.append(os.dup(taken[0]))
+        with serving() as server:
+            assert get(server)[0] == 200
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_everything_else_is_refused_by_its_name() -> None:
