@@ -124,6 +124,13 @@ def test_the_format_is_what_the_name_or_the_option_says_and_never_the_content(ro
     assert "no --format was said" in error["text"]
 
 
+def test_a_name_may_have_any_characters(root: Daemon, place: Path) -> None:
+    source = data(place / 'a "b\\\n,c":d.raw', 1)
+    image_command(root, "convert", source, place / 'x\n",y.qcow2')
+    assert told(root, "compare", source, place / 'x\n",y.qcow2')["identical"]
+    image_command(root, "check", place / "x\n\",y.qcow2", "--json")
+
+
 def test_what_is_there_is_not_overwritten_but_written_into_with_n(root: Daemon, place: Path) -> None:
     source, target = data(place / "a.raw", 2), data(place / "b.raw", 3)
     before = target.read_bytes()
