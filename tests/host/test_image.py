@@ -204,6 +204,19 @@ def test_one_layer_is_exported_over_a_backing_file_and_cut_off(root: Daemon, pla
     assert failure(root, "compare", "--other-option", f"backing=allow:{base}", layer, top)["text"] == ""
 
 
+def test_a_layer_goes_into_an_image_over_that_backing_file_and_no_other(root: Daemon, place: Path) -> None:
+    top, base = chain(place)
+    other, flat, right = data(place / "other.raw", 4), place / "flat.qcow2", place / "right.qcow2"
+    image_command(root, "create", flat, "4M")
+    image_command(root, "create", "-b", base, right)
+    words = ["convert", "-n", "-o", f"backing=allow:{base}", top]
+    assert failure(root, *words, "-B", base, flat)["code"] == "invalid-argument"
+    assert failure(root, *words, "-B", other, right)["code"] in ("invalid-argument", "backing-not-allowed")
+    image_command(root, *words, "-B", base, right)
+    allow = ["-o", f"backing=allow:{base}", "--other-option", f"backing=allow:{base}"]
+    assert told(root, "compare", *allow, top, right)["identical"]
+
+
 def test_rebase_commit_snapshot_amend_resize(root: Daemon, place: Path) -> None:
     top, base = chain(place)
     allow = ("-o", f"backing=allow:{place}")
