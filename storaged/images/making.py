@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -119,7 +120,10 @@ def _target(
     """Yield the image to be filled from ``source``, and whether it is a new one."""
     if manner.into:
         operand.refuse_creation_options(made)
-        yield operand.looked_at(_allowing(made, backing)), False
+        full = operand.looked_at(_allowing(made, backing))
+        if backing is not None:
+            _refuse_other_backing(full, backing)
+        yield full, False
     elif _is_slot(made) and made.spec.format is Format.RAW:
         # A disk that is there, and that only its server could make.
         operand.refuse_creation_options(made)
@@ -127,6 +131,18 @@ def _target(
     else:
         with _made(task, made, size, backing, place, source=source) as (full, is_new):
             yield full, is_new
+
+
+def _refuse_other_backing(target: Operand, backing: Backing) -> None:
+    """qemu-img takes the caller's word for it, and leaves out what then is nowhere."""
+    below = target.opened.node.get("backing") or {"file": {}}
+    path = below["file"].get("filename")
+    if path is None or not os.path.exists(backing.path) or not os.path.samefile(path, backing.path):
+        raise StoragedError(
+            ErrorCode.INVALID_ARGUMENT, f"{backing.path} is not the backing file of {target.shown()}",
+            cause=f"that is {path}" if path is not None else "it has none",
+            hint="leave -B out, and all data is copied; or convert into a new image",
+        )
 
 
 def _is_slot(one: Operand) -> bool:

@@ -52,7 +52,7 @@ def run(
     except BaseException:
         _end(child)
         raise
-    text, talk = given.readable(text), given.readable(talk)
+    text, talk = given.readable(text, as_json="--output=json" in words), given.readable(talk)
     if status not in accept:
         raise failure(command, talk, status)
     return Outcome(status, text, talk)

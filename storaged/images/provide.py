@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -62,9 +63,14 @@ class Provided:
     paths: dict[int, str] = field(default_factory=dict)
     """Of files of this host that are handed on open: descriptor → path."""
 
-    def readable(self, text: str) -> str:
+    def readable(self, text: str, *, as_json: bool = False) -> str:
         """Return what qemu-img says with the paths of files in place of their descriptors."""
-        return _DESCRIPTOR.sub(lambda found: self.paths.get(int(found[1]), found[0]), text)
+
+        def path(found: re.Match[str]) -> str:
+            known = self.paths.get(int(found[1]), found[0])
+            return json.dumps(known)[1:-1] if as_json else known
+
+        return _DESCRIPTOR.sub(path, text)
 
 
 @contextlib.contextmanager

@@ -42,13 +42,21 @@ class VolumeFiles:
         return os.path.join(self._directory, name + SUFFIX)
 
     def load(self) -> Found:
-        """Read all. A file that is of no use is reported, and the others count. Marks without a file are removed."""
+        """Read all. A file that is of no use is reported, and the others count. Marks without a file are removed.
+
+        Raises INVALID_ARGUMENT where the directory cannot be read: nobody knows then which files there are.
+        """
         volumes: dict[str, VolumeSpec] = {}
         bad: dict[str, StoragedError] = {}
         try:
             entries = sorted(os.listdir(self._directory))
         except FileNotFoundError:
             entries = []
+        except OSError as error:
+            raise StoragedError(
+                ErrorCode.INVALID_ARGUMENT, f"cannot read {self._directory}", cause=error.strerror or str(error),
+                hint="correct it, and then: systemctl reload storaged",
+            ) from error
         for entry in entries:
             name, suffix = os.path.splitext(entry)
             if suffix != SUFFIX or entry.startswith("."):

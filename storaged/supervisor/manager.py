@@ -322,7 +322,11 @@ class Manager:
                         spec=record.spec, wanted="failing" if record.rescue else "attached", boot=boot_id()
                     )
                     environment.store_of(record.spec.persist).put(found[damaged.name])
-        self._files = self._read_files()
+        try:
+            self._files = self._read_files()
+        except StoragedError as error:
+            # What is stored counts all the same.
+            log.error("the files of volumes cannot be read: %s [%s]; %s", error, error.code, error.hint)
         for name, spec in self._files.volumes.items():
             # What cannot be told what it was, and is still there, is not to be guessed at.
             in_doubt = name in unknown and os.path.lexists(layout.volume_dir(name))

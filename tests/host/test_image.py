@@ -125,6 +125,13 @@ def test_the_format_is_what_the_name_or_the_option_says_and_never_the_content(ro
     assert "no --format was said" in error["text"]
 
 
+def test_a_name_may_have_any_characters(root: Daemon, place: Path) -> None:
+    source = data(place / 'a "b\\\n,c":d.raw', 1)
+    image_command(root, "convert", source, place / 'x\n",y.qcow2')
+    assert told(root, "compare", source, place / 'x\n",y.qcow2')["identical"]
+    image_command(root, "check", place / "x\n\",y.qcow2", "--json")
+
+
 def test_what_is_there_is_not_overwritten_but_written_into_with_n(root: Daemon, place: Path) -> None:
     source, target = data(place / "a.raw", 2), data(place / "b.raw", 3)
     before = target.read_bytes()
@@ -196,6 +203,19 @@ def test_one_layer_is_exported_over_a_backing_file_and_cut_off(root: Daemon, pla
     image_command(root, "rebase", "-u", "-b", "", layer)
     assert "backing-filename" not in told(root, "info", layer)
     assert failure(root, "compare", "--other-option", f"backing=allow:{base}", layer, top)["text"] == ""
+
+
+def test_a_layer_goes_into_an_image_over_that_backing_file_and_no_other(root: Daemon, place: Path) -> None:
+    top, base = chain(place)
+    other, flat, right = data(place / "other.raw", 4), place / "flat.qcow2", place / "right.qcow2"
+    image_command(root, "create", flat, "4M")
+    image_command(root, "create", "-b", base, right)
+    words = ["convert", "-n", "-o", f"backing=allow:{base}", top]
+    assert failure(root, *words, "-B", base, flat)["code"] == "invalid-argument"
+    assert failure(root, *words, "-B", other, right)["code"] in ("invalid-argument", "backing-not-allowed")
+    image_command(root, *words, "-B", base, right)
+    allow = ["-o", f"backing=allow:{base}", "--other-option", f"backing=allow:{base}"]
+    assert told(root, "compare", *allow, top, right)["identical"]
 
 
 def test_rebase_commit_snapshot_amend_resize(root: Daemon, place: Path) -> None:

@@ -93,6 +93,24 @@ def test_a_detached_one_stays_so_until_its_file_goes(stopped: Daemon, place: Pat
     eventually(lambda: stopped.online("a"), "adopted")
 
 
+def test_a_directory_of_files_that_cannot_be_read_ends_nothing(stopped: Daemon, place: Path) -> None:
+    path = write(stopped, "a", f"source = '{image(place / 'a.raw', 'raw')}'\ntransport = 'fuse'")
+    stopped.start()
+    eventually(lambda: stopped.online("a"), "it is online")
+    stopped.detach("a")
+    stopped.attach("b", image(place / "b.raw", "raw"), transport="fuse")
+    path.parent.rename(place / "away")
+    path.parent.touch()
+    assert error_of(lambda: stopped.call("Reload")).code is ErrorCode.INVALID_ARGUMENT
+    stopped.stop()
+    stopped.start()
+    eventually(lambda: stopped.online("b"), "the other is there")
+    path.parent.unlink()
+    (place / "away").rename(path.parent)
+    reload(stopped)
+    assert stopped.names() == ["b"]  # the detach of the other still counts
+
+
 def test_a_refused_detach_of_one_with_a_file_changes_nothing(stopped: Daemon, place: Path) -> None:
     write(stopped, "a", f"source = '{image(place / 'a.raw', 'raw')}'\ntransport = 'fuse'")
     stopped.start()
