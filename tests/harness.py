@@ -115,6 +115,11 @@ class Daemon:
         assert not check or done.returncode == 0, done.stderr
         return done
 
+    def mountpoint(self, name: str) -> Path:
+        """Where the FUSE export of a volume is mounted."""
+        (found,) = Path(self.layout.volume_dir(name)).glob("disk-*")
+        return found
+
     def qsd(self, name: str) -> int:
         """The pid of a volume's qemu-storage-daemon."""
         return int(self.show(name)["qsd_pid"])

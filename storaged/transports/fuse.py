@@ -183,7 +183,13 @@ class FuseTransport(HostDevice):
 
     @staticmethod
     def _mountpoint(site: Site) -> str:
-        return os.path.join(site.directory, "disk")
+        # A loop device is found by this path, which the kernel tells without saying whose path it is: a container that
+        # shares /dev may have a volume of the same name. So it has the directory's numbers, which nobody else has.
+        try:
+            status = os.stat(site.directory)
+        except FileNotFoundError:
+            return os.path.join(site.directory, "disk")
+        return os.path.join(site.directory, f"disk-{status.st_dev:x}-{status.st_ino:x}")
 
     @staticmethod
     def _loop(record: Record | None) -> disk.Disk | None:

@@ -161,3 +161,28 @@ def test_a_device_that_is_only_read_has_more_requests_in_flight_than_the_kernel_
     loop = Path(f"/sys/block/{Path(device).name}/loop")
     assert (loop / "dio").read_text().strip() == "1"
     assert fusectl.in_flight_at_most((loop / "backing_file").read_text().strip()) >= 128
+
+
+def test_a_container_with_the_same_paths_has_devices_of_its_own(stopped: Daemon, place: Path) -> None:
+    """Two daemons with one /dev, each in a mount namespace with a /run of its own."""
+    own_run = 'mkdir -p "$0/run" && mount -t tmpfs run "$0/run" && exec "$@"'
+    container = Daemon(stopped.root)
+    container.log = place / "container.log"
+    container.start(command=["unshare", "--mount", "sh", "-c", own_run, str(stopped.root)], wait=False)
+    assert container.process is not None
+    inside = ["nsenter", f"--target={container.process.pid}", "--mount", *container.cli_command()]
+    try:
+        eventually(lambda: run(*inside, "list", check=False).returncode == 0, "the daemon in the container answers")
+        theirs = run(*inside, "attach", "a", image(place / "theirs", "raw"), "--transport", "fuse").stdout.strip()
+        writes(theirs, 0, PATTERN)
+        stopped.start()
+        ours = stopped.device("a", image(place / "ours", "raw"), transport="fuse")
+        assert ours != theirs
+        assert reads(ours, 0, len(PATTERN)) == bytes(len(PATTERN))
+        stopped.kill()
+        stopped.start()
+        stopped.detach("a")
+        assert reads(theirs, 0, len(PATTERN)) == PATTERN
+    finally:
+        run(*inside, "detach", "a", check=False)
+        container.stop()

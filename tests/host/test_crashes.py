@@ -216,7 +216,7 @@ def reboot(daemon: Daemon, *names: str) -> None:
     for process in processes:
         os.kill(process, signal.SIGKILL)
     for name in names:
-        run("umount", "-l", Path(daemon.layout.volume_dir(name)) / "disk")
+        run("umount", "-l", daemon.mountpoint(name))
         (Path(daemon.layout.dev_dir) / name).unlink()
     # With --root on a disk "run" is still there: the boot's identity tells that it means nothing.
     (Path(daemon.layout.run_dir) / "boot_id").write_text("another boot")
@@ -333,7 +333,7 @@ def test_a_mount_of_the_export_that_somebody_took_away_leaves_the_device_alone(
     before = daemon.attach("a", source)
     run("mkfs.ext4", "-q", before["device"])
     with mounted(str(before["device"]), place / "mnt") as directory:
-        run("umount", "-l", Path(daemon.layout.volume_dir("a")) / "disk")
+        run("umount", "-l", daemon.mountpoint("a"))
         daemon.attach("a", source)
         after = daemon.show("a")
         assert [after[key] for key in ("device", "qsd_pid")] == [before[key] for key in ("device", "qsd_pid")]

@@ -197,7 +197,7 @@ def test_a_source_that_hangs_does_not_keep_its_volume_from_being_detached(stoppe
     # By another path than the one that the loop device of "base" stands on, which would be found in use.
     exported = place / "exported"
     exported.touch()
-    run("mount", "--bind", Path(lower.layout.volume_dir("base")) / "disk", exported)
+    run("mount", "--bind", lower.mountpoint("base"), exported)
     try:
         stopped.attach("a", exported)
         pid = stopped.qsd("a")
