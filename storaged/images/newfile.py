@@ -35,7 +35,7 @@ def new_file(path: str, format: Format) -> Iterator[str]:
     if taken:
         raise is_there(taken[0])
     try:
-        made = _make(part, replaces=part != path)
+        made, lock = _make(part, path)
         try:
             yield part
             seen = os.stat(part)
@@ -59,6 +59,8 @@ def new_file(path: str, format: Format) -> Iterator[str]:
                     for place in (part, *_extents(path, format)):
                         os.unlink(place)
             raise
+        finally:
+            locks.let_go([lock])
     except OSError as error:
         code = ErrorCode.NO_SPACE if error.errno in (errno.ENOSPC, errno.EDQUOT) else ErrorCode.OPEN_FAILED
         raise StoragedError(
@@ -84,24 +86,69 @@ def is_there(shown: str) -> StoragedError:
     )
 
 
-def _make(part: str, *, replaces: bool) -> tuple[int, int]:
+def _make(part: str, path: str) -> tuple[tuple[int, int], int]:
+    """Make the file; return its device and inode, and the lock that says that somebody is at it.
+
+    Not the lock of an image: who fills this one takes that. Raises SOURCE_IN_USE where somebody makes it already.
+    """
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         fd = os.open(part, flags, 0o666)
     except FileExistsError:
-        if not replaces:
+        if part == path:
             raise
-        seen = os.lstat(part)
-        identity = file_identity(seen.st_dev, seen.st_ino)
-        # Held by who is at it just now: then it is refused.
-        locks.let_go([locks.take_lock(LOCK_DIR, identity, exclusive=True, owner="the removal of a leftover")])
-        os.unlink(part)
+        _remove_leftover(part, path)
         fd = os.open(part, flags, 0o666)
     try:
         seen = os.fstat(fd)
-        return seen.st_dev, seen.st_ino
     finally:
         os.close(fd)
+    lock = _lock(seen, path)
+    # Before it was locked, another may have taken it for a leftover.
+    if _inode(part) != (seen.st_dev, seen.st_ino):
+        locks.let_go([lock])
+        raise _made_by_another(path)
+    return (seen.st_dev, seen.st_ino), lock
+
+
+def _remove_leftover(part: str, path: str) -> None:
+    seen = os.lstat(part)
+    held = [_lock(seen, path)]
+    try:
+        # A qemu-img may have outlived who started it.
+        identity = file_identity(seen.st_dev, seen.st_ino)
+        held.append(locks.take_lock(LOCK_DIR, identity, exclusive=True, owner="the removal of a leftover"))
+        if _inode(part) != (seen.st_dev, seen.st_ino):
+            raise _made_by_another(path)
+        os.unlink(part)
+    finally:
+        locks.let_go(held)
+
+
+def _lock(seen: os.stat_result, path: str) -> int:
+    try:
+        return locks.take_lock(
+            LOCK_DIR, f"new:{seen.st_dev}:{seen.st_ino}", exclusive=True, owner=f"storaged image (pid {os.getpid()})"
+        )
+    except StoragedError as error:
+        if error.code is not ErrorCode.SOURCE_IN_USE:
+            raise
+        raise _made_by_another(path, error.cause) from error
+
+
+def _made_by_another(path: str, cause: str = "") -> StoragedError:
+    return StoragedError(
+        ErrorCode.SOURCE_IN_USE, f"{path} is being made by another command", cause=cause,
+        hint="wait until that has ended, or choose another name",
+    )
+
+
+def _inode(path: str) -> tuple[int, int] | None:
+    try:
+        seen = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    return seen.st_dev, seen.st_ino
 
 
 def _sync(path: str) -> None:

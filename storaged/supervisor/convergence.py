@@ -64,6 +64,7 @@ class Convergence(Actor):
         self._ask_after = 0.0
         self._told_size = 0
         self._parking = self._parked = False
+        self._in_both = False
 
     @property
     def condition(self) -> Condition | None:
@@ -113,8 +114,10 @@ class Convergence(Actor):
                 ErrorCode.VOLUME_BUSY, "it is being attached or detached", volume=self.name, step="persist",
                 hint="try again when that is done",
             )
-        if self.spec.persist is on:
+        if self.spec.persist is on and not self._in_both:
             return
+        # Until all is done: who tries again after a failure does the rest of it.
+        self._in_both = True
         former = self._environment.store_of(not on)
         self.spec = self.attachment.spec = msgspec.structs.replace(self.spec, persist=on)
         await self._store(self.goal)
@@ -122,6 +125,7 @@ class Convergence(Actor):
             await self.attachment.note(spec=self.spec)
         # Where both have it, the one over reboots counts: a daemon that dies here has made it so, or has done nothing.
         await self.attachment.blocking("forget the former wish", 30.0, former.delete, self.name)
+        self._in_both = False
 
     async def _park(self) -> None:
         before, self.goal = self.goal, Goal.ABSENT
@@ -189,6 +193,9 @@ class Convergence(Actor):
         if self.goal is Goal.ABSENT and self.state is State.ABSENT:
             store = self._environment.store_of(self.spec.persist)
             self._environment.fault("before forget")
+            if self._in_both:
+                other = self._environment.store_of(not self.spec.persist)
+                await self.attachment.blocking("forget the volume", 30.0, other.delete, self.name)
             await self.attachment.blocking("forget the volume", 30.0, store.delete, self.name)
             self._emit("removed", "detached")
         elif self.state not in _SETTLED:

@@ -18,10 +18,13 @@ from typing import Any
 
 import pytest
 
+from storaged.errors import ErrorCode, StoragedError
 from storaged.images.commands import Task, opened
+from storaged.images.newfile import new_file
 from storaged.images.operand import Wish, look
 from storaged.images.process import run as run_qemu_img
 from storaged.model.config import Config
+from storaged.model.formats import Format
 from tests.harness import (
     Daemon,
     as_json,
@@ -343,6 +346,19 @@ def test_what_is_being_converted_cannot_be_attached_and_ctrl_c_leaves_nothing(da
     assert nothing_left(daemon)
     daemon.detach("b")
     daemon.attach("a", source)
+
+
+def test_of_two_who_make_one_image_the_second_is_refused(place: Path) -> None:
+    path = str(place / "a.raw")
+    with new_file(path, Format.RAW) as part:
+        with pytest.raises(StoragedError) as refused, new_file(path, Format.RAW):
+            pass
+        assert (refused.value.code, path in refused.value.message) == (ErrorCode.SOURCE_IN_USE, True)
+        Path(part).write_bytes(b"x")
+    assert Path(path).read_bytes() == b"x"
+    os.rename(path, part)  # what a killed one has left
+    with new_file(path, Format.RAW) as part:
+        assert not Path(part).read_bytes()
 
 
 def test_who_is_killed_in_the_middle_leaves_no_half_image_and_no_lock(daemon: Daemon, place: Path) -> None:

@@ -153,6 +153,27 @@ def test_persist_moves_the_wish_and_a_daemon_that_dies_meanwhile_has_one_of_the_
     assert not kept.exists()
 
 
+def test_what_could_not_be_persisted_is_not_said_to_be(daemon: Daemon, place: Path) -> None:
+    daemon.attach("a", image(place / "a.raw", "raw"), transport="fuse")
+    stored, volatile = Path(daemon.layout.desired_persistent), Path(daemon.layout.desired_volatile)
+    stored.rename(place / "away")
+    stored.touch()
+    for _ in range(2):
+        assert daemon.cli("persist", "a", "on", check=False).returncode == 1
+    stored.unlink()
+    (place / "away").rename(stored)
+    daemon.cli("persist", "a", "on")
+    assert ((stored / "a.json").exists(), (volatile / "a.json").exists()) == (True, False)
+    volatile.rename(place / "away")
+    volatile.touch()
+    for _ in range(2):
+        assert daemon.cli("persist", "a", "off", check=False).returncode == 1
+    volatile.unlink()
+    (place / "away").rename(volatile)
+    daemon.detach("a")
+    assert not os.listdir(stored) + os.listdir(volatile)
+
+
 def test_a_secret_that_was_typed_is_not_persisted(daemon: Daemon, place: Path) -> None:
     key = place / "key"
     key.write_text("secret")
