@@ -165,7 +165,7 @@ def install() -> None:
     run("/srv/storaged/scripts/install-units")
     command = "/srv/storaged/.venv/bin/storaged shutdown --stuck-after"
     write(UNITS / "storaged-stuck.service.d/soon.conf", f"[Service]\nExecStart=\nExecStart={command} {STUCK_AFTER}\n")
-    write(UNITS / "storaged.service.d/soon.conf", "[Service]\nWatchdogSec=12\nTimeoutAbortSec=1\n")
+    write(UNITS / "storaged.service.d/soon.conf", "[Service]\nWatchdogSec=30\nTimeoutAbortSec=1\n")
     # The machine boots without any (tests/vm/guest/prepare).
     Path("/etc/systemd/system-generators/systemd-fstab-generator").unlink(missing_ok=True)
     # What happens on the way down is to be read afterwards.
@@ -188,7 +188,7 @@ def nobody_notices_the_daemon(daemon: Daemon) -> None:
         run("systemctl", "restart", "storaged")
         former = main_pid()
         os.kill(former, signal.SIGSTOP)
-        eventually(lambda: main_pid() not in (0, former), "the watchdog has ended a daemon that stood still", 60)
+        eventually(lambda: main_pid() not in (0, former), "the watchdog has ended a daemon that stood still", 90)
         run("systemctl", "stop", "storaged")
         # The socket starts it.
         eventually(lambda: all(daemon.online(name) for name in NAMES), "adopted", 60)
