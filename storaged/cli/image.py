@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import signal
 from collections.abc import Iterator
 from types import FrameType
@@ -64,6 +65,8 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
 
     command = _command(commands, "resize", "give an image another size (an attached one: storaged resize)")
     command.add_argument("size", metavar="[+|-]SIZE", help="bytes, or a number with K, M, G, T or P; + and - change it")
+    # argparse has no other way to say that -1G is no option; it takes -1 for a number by itself.
+    command._negative_number_matcher = re.compile(r"-\d+[KMGTPE]?", re.IGNORECASE)
     command.add_argument("--shrink", action="store_true", help="it may become smaller: what is cut off is lost")
     command.add_argument("--preallocation", metavar="MODE", help="off, metadata, falloc or full (default: off)")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import grp
 import os
+import stat
 
 from storaged.errors import ErrorCode, StoragedError
 from storaged.model.config import Config
@@ -63,7 +65,10 @@ def config_files(layout: Layout, config_file: str | None) -> list[str]:
 def read_config(path: str) -> bytes:
     """The content of a file. Raises INVALID_ARGUMENT."""
     try:
-        with open(path, "rb") as file:
+        # A FIFO would keep the daemon from starting.
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError(errno.EINVAL, "it is no file")
             return file.read()
     except OSError as error:
         raise _unreadable(path, error) from error

@@ -242,7 +242,7 @@ def test_rebase_commit_snapshot_amend_resize(root: Daemon, place: Path) -> None:
     image_command(root, "snapshot", *allow, "-d", "before", top)
     image_command(root, "resize", *allow, top, "6M")
     assert failure(root, "resize", *allow, top, "5M")["code"] == "image-failed"
-    image_command(root, "resize", *allow, "--shrink", top, "5M")
+    image_command(root, "resize", *allow, "--shrink", top, "-1M")
     assert content(top) == expected + bytes(MIB)
     image_command(root, "amend", *allow, "-o", "lazy_refcounts=on", top)
     assert told(root, "info", top)["format-specific"]["data"]["lazy-refcounts"]

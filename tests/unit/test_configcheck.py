@@ -196,3 +196,9 @@ def test_the_files_of_volumes_are_checked_too(layout: Layout, capsys: pytest.Cap
     assert "good" not in said
     assert main(["--root", root, "config", "check", f"{layout.volume_files}/good.toml"]) == 0
     assert main(["--root", root, "config", "check", f"{layout.volume_files}/empty.toml"]) == 1
+
+
+def test_a_fifo_among_the_drop_ins_is_refused_and_not_waited_for(layout: Layout) -> None:
+    os.mkfifo(f"{layout.config_file}.d/1.toml")
+    with pytest.raises(StoragedError, match="no file"):
+        load_config(layout, None)
