@@ -12,7 +12,7 @@ import pytest
 
 from storaged.errors import ErrorCode
 from tests.contract.conftest import HERE
-from tests.harness import Daemon, error_of, eventually, image, leftovers, reads, writes
+from tests.harness import Daemon, error_of, eventually, image, leftovers, reads, run, writes
 
 PATTERN = b"reviewed" * 8192
 
@@ -65,10 +65,35 @@ def test_the_longest_name(daemon: Daemon, place: Path, transport: str) -> None:
     assert source.read_bytes()[: len(PATTERN)] == PATTERN
 
 
-@pytest.mark.parametrize("change", [-(1 << 20), 1 << 20])
-def test_a_source_that_has_another_size_does_not_go_on_below_its_old_device(
-    stopped: Daemon, place: Path, transport: str, change: int
+def test_a_source_that_shrank_does_not_go_on_below_its_old_device(
+    stopped: Daemon, place: Path, transport: str
 ) -> None:
+    source, device, former = unserved(stopped, place, transport, -(1 << 20))
+    stopped.start()
+    eventually(lambda: stopped.show("a")["state"] not in ("starting", "recovering"), "settled", timeout=40)
+    seen = stopped.show("a")
+    assert seen["state"] == "failed", seen
+    assert "source-changed" in str(seen), seen
+    os.truncate(source, source.stat().st_size + (1 << 20))
+    eventually(lambda: stopped.replaced("a", former), "it goes on", timeout=60)
+    assert transport == "fuse" or stopped.show("a")["device"] == device
+    stopped.detach("a", timeout=60)
+
+
+def test_a_source_that_grew_while_nobody_served_it_keeps_its_size_below_the_device(
+    stopped: Daemon, place: Path, transport: str
+) -> None:
+    source, _, former = unserved(stopped, place, transport, 1 << 20)
+    stopped.start()
+    eventually(lambda: stopped.replaced("a", former), "served", timeout=40)
+    seen = stopped.show("a")
+    assert seen["source_size"] == source.stat().st_size
+    assert run("blockdev", "--getsize64", seen["device"]).stdout.strip() == str(seen["source_size"] - (1 << 20))
+    stopped.detach("a", timeout=60)
+
+
+def unserved(stopped: Daemon, place: Path, transport: str, change: int) -> tuple[Path, str, int]:
+    """Attach, end daemon and QSD, and change the size of the source: it, the device, and QSD's former pid."""
     stopped.start()
     source = image(place / "a.raw", "raw")
     device = stopped.device("a", source, transport=transport)
@@ -76,18 +101,7 @@ def test_a_source_that_has_another_size_does_not_go_on_below_its_old_device(
     stopped.kill()
     os.kill(former, signal.SIGKILL)
     os.truncate(source, source.stat().st_size + change)
-    stopped.start()
-    if transport == "fuse" and change > 0:
-        eventually(lambda: stopped.replaced("a", former), "another device", timeout=40)
-    else:
-        eventually(lambda: stopped.show("a")["state"] not in ("starting", "recovering"), "settled", timeout=40)
-        seen = stopped.show("a")
-        assert seen["state"] == "failed", seen
-        assert "source-changed" in str(seen), seen
-        os.truncate(source, source.stat().st_size - change)
-        eventually(lambda: stopped.replaced("a", former), "it goes on", timeout=60)
-        assert transport == "fuse" or stopped.show("a")["device"] == device
-    stopped.detach("a", timeout=60)
+    return source, device, former
 
 
 FAULTS = {
