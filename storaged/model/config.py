@@ -77,11 +77,26 @@ class MetricsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         )
 
 
+class AccessConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who may use the daemon beside root and the members of ``socket_group``."""
+
+    read_only: Annotated[Literal["nobody", "everybody"] | list[Annotated[str, Meta(min_length=1)]], Meta(
+        description="who may look at the volumes (list, show, watch) and change nothing: nobody, everybody, or a list"
+        " of groups. They see where the data is, the options and all errors, and no secret",
+    )] = "nobody"
+
+    @property
+    def groups(self) -> list[str]:
+        """The groups whose members may look."""
+        return self.read_only if isinstance(self.read_only, list) else []
+
+
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """storaged.toml. Times in seconds."""
 
     qsd: QsdConfig = QsdConfig()
     metrics: MetricsConfig = MetricsConfig()
+    access: AccessConfig = AccessConfig()
     attach_timeout: Annotated[float, Meta(
         gt=0, le=86400, extra=_REQUESTS,
         description="seconds that an attach, a resize, a resume or an upgrade may take",

@@ -58,7 +58,7 @@ def write(layout: Layout, text: str, drop_in: str = "") -> None:
         (5, "log-level", "did you mean log_level?"),
         (6, "snapshot_dir", "expected an absolute path"),
         (7, "log_level", "one of debug, info, warning, error"),
-        (8, "text", "known here: attach_timeout"),
+        (8, "text", "known here: access, attach_timeout"),
         (13, "qsd.binaries", "expected `str`, got `int`"),
         (14, "qsd.binery", "did you mean binary?"),
     ],

@@ -20,6 +20,7 @@ import pytest
 import uvloop
 
 from storaged.api import server as module
+from storaged.api.access import Access, Gate
 from storaged.api.server import Server
 from storaged.model.config import Config
 from storaged.model.layout import Layout
@@ -202,7 +203,7 @@ def test_who_may_not_ask_and_reads_no_replies_is_not_read_from_either(
 ) -> None:
     async def work(place: Place) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(Server, "_is_permitted", lambda *_: False)
+            patch.setattr(Gate, "access_of", lambda *_: Access.NOTHING)
             async with place.client() as client:
                 reply = await client.call("io.storaged.List")
                 assert reply is not None
