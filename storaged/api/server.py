@@ -283,6 +283,8 @@ class _Protocol(VarlinkInterfaceServerProtocol):
         super().__init__(registry)
         self._interfaces = registry
         self._access = access
+        # Guests do not fill the log.
+        self._level = logging.WARNING if access is Access.ALL else logging.DEBUG
         self._streams: set[asyncio.Future[None]] = set()
         self._replies = 0
         self._drained = asyncio.Event()
@@ -291,13 +293,13 @@ class _Protocol(VarlinkInterfaceServerProtocol):
     def message_received(self, data: bytes, fds: FileDescriptorArray | None) -> None:
         self._unfinished = 0 if b"\0" in data else self._unfinished + len(data)
         if self._unfinished > _LONGEST_MESSAGE:
-            log.warning("a client sends a message without an end: its connection is closed")
+            log.log(self._level, "a client sends a message without an end: its connection is closed")
             self.close()
             return
         try:
             super().message_received(data, fds)
         except (RecursionError, ValueError) as error:
-            log.warning("a client sends what is no message (%s): its connection is closed", error)
+            log.log(self._level, "a client sends what is no message (%s): its connection is closed", error)
             self.close()
 
     def send_reply(
