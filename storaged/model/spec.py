@@ -128,7 +128,8 @@ def check_length(spec: VolumeSpec) -> None:
     if sum(map(len, texts)) > LONGEST_WISHES:
         raise StoragedError(
             ErrorCode.INVALID_ARGUMENT, "source and options are too long", volume=spec.name[:64],
-            cause=f"they have more than {LONGEST_WISHES} characters together", hint="was a file's content meant as one?",
+            cause=f"they have more than {LONGEST_WISHES} characters together",
+            hint="was the content of a file given for its name?",
         )
 
 

@@ -20,7 +20,15 @@ from storaged.api.interface import StoragedInterface
 from storaged.model.spec import COMMON_OPTIONS, LONGEST_WISHES
 from storaged.transports import options_of
 from tests.unit.fuzzing import (
-    LEAVES, OPTION_NAMES, SOURCES, TEXT, VALUES, answers, is_clean, tells_bugs, with_doorkeeper,
+    LEAVES,
+    OPTION_NAMES,
+    SOURCES,
+    TEXT,
+    VALUES,
+    answers,
+    is_clean,
+    tells_bugs,
+    with_doorkeeper,
 )
 
 #: Without the methods of asyncvarlink's own interface, which are in METHODS_OF_THE_SERVICE.
@@ -42,7 +50,7 @@ JUNK_CALLS = st.builds(
 def calls_of(method: str) -> st.SearchStrategy[dict[str, Any]]:
     """Calls with the parameters that the method has, of whatever type."""
     name = method.rpartition(".")[2]
-    parameters = st.fixed_dictionaries({}, optional={key: VALUES for key in [*PARAMETERS[name], "unknown"]})
+    parameters = st.fixed_dictionaries({}, optional=dict.fromkeys([*PARAMETERS[name], "unknown"], VALUES))
     return st.builds(
         lambda found, flags: {"method": method, "parameters": found, **flags}, parameters,
         FLAGS if name != "Watch" else st.just({"more": True}),
@@ -102,7 +110,8 @@ def test_whatever_is_in_the_parameters_of_a_method_it_is_refused_by_type_or_by_a
 WISHES = st.fixed_dictionaries(
     {"name": st.just("c") | TEXT, "source": SOURCES | TEXT},
     optional={
-        "format": st.sampled_from(["raw", "qcow2", "vmdk", "luks", "x"]), "transport": st.sampled_from(["auto", "fuse", "x"]),
+        "format": st.sampled_from(["raw", "qcow2", "vmdk", "luks", "x"]),
+        "transport": st.sampled_from(["auto", "fuse", "x"]),
         "read_only": st.booleans(), "snapshot": st.booleans(), "snapshot_dir": TEXT, "persist": st.booleans(),
         "timeout": st.floats(), "secrets": st.dictionaries(st.sampled_from(OPTION_NAMES), TEXT, max_size=2),
         "options": st.dictionaries(
