@@ -308,7 +308,10 @@ class _Protocol(VarlinkInterfaceServerProtocol):
         future = super().send_reply(reply, fds, autoclose)
         self._replies += 1
         future.add_done_callback(self._reply_sent)
-        return future
+        # A stream that is ended while it waits for this would cancel the transport's own future, and break its writer.
+        waited_for = asyncio.shield(future)
+        waited_for.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return waited_for
 
     def _reply_sent(self, _future: asyncio.Future[None]) -> None:
         self._replies -= 1

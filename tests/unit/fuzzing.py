@@ -69,7 +69,7 @@ class Doorkeeper(Manager):
 
 def with_doorkeeper(directory: Path, work: Callable[[str], None]) -> None:
     """Run ``work`` in a thread, with the path of a server's socket. Nothing may reach the loop's own handler."""
-    complaints: list[object] = []
+    complaints: list[dict[str, Any]] = []
 
     async def run() -> None:
         store = MemoryStore()
@@ -90,7 +90,7 @@ def with_doorkeeper(directory: Path, work: Callable[[str], None]) -> None:
                     await server.close()
 
     uvloop.run(run())
-    assert complaints == []
+    assert not complaints, [(context.get("message"), repr(context.get("exception"))) for context in complaints]
 
 
 def answers(path: str, data: bytes) -> list[dict[str, Any]]:

@@ -480,6 +480,21 @@ def test_a_stream_ends_when_its_client_goes_and_not_only_at_the_next_event(
     with_server(tmp_path, work)
 
 
+def test_a_client_that_asks_for_a_stream_and_says_that_this_was_all_ends_cleanly(tmp_path: Path) -> None:
+    """Its end comes while the first event is on its way: with_server looks for what nobody caught."""
+
+    async def work(place: Place) -> None:
+        for _ in range(100):
+            async with place.client() as client:
+                await client.send(request("io.storaged.Watch", more=True))
+                client.sock.shutdown(socket.SHUT_WR)
+                while await client.receive():
+                    pass
+        await eventually(lambda: place.watchers == 0 and not place.server._clients)
+
+    with_server(tmp_path, work)
+
+
 def test_a_client_that_watches_can_ask_and_hears_of_events_meanwhile(tmp_path: Path) -> None:
     async def work(place: Place) -> None:
         client = await watches(place)
