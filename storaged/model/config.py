@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from enum import Enum
 from ipaddress import ip_address
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -137,7 +137,10 @@ class Key:
         inner = get_args(self.type)[0] if get_origin(self.type) is Annotated else self.type
         if isinstance(inner, type) and issubclass(inner, Enum):
             return ", ".join(inner)
-        return ", ".join(get_args(inner)) if get_origin(inner) is Literal else ""
+        kinds = get_args(inner) if get_origin(inner) is Union else (inner,)
+        words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+        lists = ["a list"] if words and any(get_origin(kind) is list for kind in kinds) else []
+        return ", ".join([*words, *lists])
 
     @property
     def path(self) -> tuple[str, ...]:
