@@ -154,7 +154,7 @@ def test_where_everybody_may_look_they_see_no_secret_and_change_nothing(stopped:
     for words in (
         ["detach", "a"], ["detach", "--force", "a"], ["rescue", "a"], ["resume", "a"], ["resize", "a", "1G"],
         ["upgrade", "a"], ["persist", "a", "on"], ["attach", "b", str(source)], ["daemon", "--reload"],
-        ["qemu-args", "a"],
+        ["show", "--qemu-args", "a"],
     ):
         done = as_user(stopped, *words)
         assert done.returncode == 1, words
