@@ -160,7 +160,7 @@ def test_a_long_source_keeps_nobody_waiting(
                     call = {"method": "io.storaged.Attach", "parameters": {"name": "c", "source": source}}
                     (reply,) = answers(path, json.dumps(call, ensure_ascii=False).encode() + b"\0")
                     assert is_clean(reply)
-                    assert time.monotonic() - began < 2, f"{scheme}:{lead}, {piece!r}"
+                    assert time.monotonic() - began < 5, f"{scheme}:{lead}, {piece!r}"
 
     with_doorkeeper(tmp_path, work)
 
