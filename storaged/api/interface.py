@@ -9,6 +9,9 @@ from collections.abc import AsyncIterator
 from asyncvarlink import TypedVarlinkErrorReply, VarlinkInterface, varlinkmethod
 
 INTERFACE = "io.storaged"
+#: The methods that only look: they answer from what is known, and neither change, start nor open anything. A method
+#: that is not named here is for those who may do everything.
+READING = frozenset({"List", "Show", "Watch"})
 
 
 @dataclasses.dataclass
@@ -176,11 +179,17 @@ class InvalidArgument(TypedVarlinkErrorReply, interface=INTERFACE):
     parameters: ErrorParameters
 
 
+class PermissionDenied(TypedVarlinkErrorReply, interface=INTERFACE):
+    """The caller may look, and not do this. Nothing was changed."""
+
+    parameters: ErrorParameters
+
+
 class StoragedInterface(VarlinkInterface):
     """Attach disk images and network disks as block devices of this host, and take them away again."""
 
     name = INTERFACE
-    errors = (Failed, NoSuchVolume, VolumeExists, InUse, InvalidArgument)
+    errors = (Failed, NoSuchVolume, VolumeExists, InUse, InvalidArgument, PermissionDenied)
 
     @varlinkmethod(return_parameter="volume")
     async def Attach(

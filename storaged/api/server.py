@@ -1,12 +1,10 @@
-"""The Varlink server: types in, types out; who may ask is decided by SO_PEERCRED (unix(7))."""
+"""The Varlink server: types in, types out; who may ask what is decided in api/access.py."""
 
 import asyncio
 import base64
 import contextlib
 import logging
-import os
 import socket
-import struct
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar
 
@@ -25,6 +23,7 @@ from asyncvarlink.types import FileDescriptorArray, JSONObject
 
 from storaged import __version__
 from storaged.api import interface
+from storaged.api.access import NOBODY, Access, Gate, Peer, Readers, permits, refuse_descriptors
 from storaged.errors import ErrorCode, StoragedError, bug
 from storaged.model.formats import Format
 from storaged.model.history import Happening
@@ -40,7 +39,6 @@ log = logging.getLogger("storaged.api")
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_SO_PEERGROUPS = 59
 #: Seconds without accepting after an accept that failed.
 _ACCEPT_PAUSE = 1.0
 #: Bytes that a request may have.
@@ -49,8 +47,6 @@ _LONGEST_MESSAGE = 1 << 20
 _MOST_STREAMS = 16
 #: Replies that may wait for one client before its next request is read.
 _MOST_REPLIES = 16
-#: Bytes: what Python can ask for at most, 256 groups. A peer with more of them is not found in any.
-_GROUPS_SIZE = 1024
 _ERRORS: dict[ErrorCode, type[TypedVarlinkErrorReply]] = {
     ErrorCode.NO_SUCH_VOLUME: interface.NoSuchVolume,
     ErrorCode.VOLUME_EXISTS: interface.VolumeExists,
@@ -63,9 +59,9 @@ _ERRORS: dict[ErrorCode, type[TypedVarlinkErrorReply]] = {
 }
 
 
-def _reply_of(error: StoragedError) -> TypedVarlinkErrorReply:
-    """Return the Varlink error of a failure."""
-    return _ERRORS.get(error.code, interface.Failed)(
+def _reply_of(error: StoragedError, kind: type[TypedVarlinkErrorReply] | None = None) -> TypedVarlinkErrorReply:
+    """Return the Varlink error of a failure: of that kind, or of the one that its code has."""
+    return (kind or _ERRORS.get(error.code, interface.Failed))(
         code=error.code.value, message=error.message, volume=error.volume, step=error.step, cause=error.cause,
         hint=error.hint, users=list(error.users),
     )
@@ -283,10 +279,12 @@ def _deadline(timeout: float | None) -> float | None:
 class _Protocol(VarlinkInterfaceServerProtocol):
     """One client. A stream (Watch) ends as soon as its client is gone, and not only at the next event."""
 
-    def __init__(self, registry: VarlinkInterfaceRegistry, *, permitted: bool) -> None:
+    def __init__(self, registry: VarlinkInterfaceRegistry, *, access: Access) -> None:
         super().__init__(registry)
         self._interfaces = registry
-        self._permitted = permitted
+        self._access = access
+        # Guests do not fill the log.
+        self._level = logging.WARNING if access is Access.ALL else logging.DEBUG
         self._streams: set[asyncio.Future[None]] = set()
         self._replies = 0
         self._drained = asyncio.Event()
@@ -295,13 +293,13 @@ class _Protocol(VarlinkInterfaceServerProtocol):
     def message_received(self, data: bytes, fds: FileDescriptorArray | None) -> None:
         self._unfinished = 0 if b"\0" in data else self._unfinished + len(data)
         if self._unfinished > _LONGEST_MESSAGE:
-            log.warning("a client sends a message without an end: its connection is closed")
+            log.log(self._level, "a client sends a message without an end: its connection is closed")
             self.close()
             return
         try:
             super().message_received(data, fds)
         except (RecursionError, ValueError) as error:
-            log.warning("a client sends what is no message (%s): its connection is closed", error)
+            log.log(self._level, "a client sends what is no message (%s): its connection is closed", error)
             self.close()
 
     def send_reply(
@@ -310,7 +308,10 @@ class _Protocol(VarlinkInterfaceServerProtocol):
         future = super().send_reply(reply, fds, autoclose)
         self._replies += 1
         future.add_done_callback(self._reply_sent)
-        return future
+        # A stream that is ended while it waits for this would cancel the transport's own future, and break its writer.
+        waited_for = asyncio.shield(future)
+        waited_for.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return waited_for
 
     def _reply_sent(self, _future: asyncio.Future[None]) -> None:
         self._replies -= 1
@@ -334,8 +335,17 @@ class _Protocol(VarlinkInterfaceServerProtocol):
     def call_received(
         self, call: VarlinkMethodCall, fds: FileDescriptorArray | None
     ) -> asyncio.Future[None] | None:
-        if not self._permitted:
+        if self._access is Access.NOTHING:
             raise PermissionDenied()
+        if not permits(self._access, call):
+            raise _reply_of(
+                StoragedError(
+                    ErrorCode.PERMISSION_DENIED, f"you may look, and not call {call.method}",
+                    cause="the configuration lets you read only ([access] read_only)",
+                    hint="run this as root, or as a member of the group that owns the socket",
+                ),
+                interface.PermissionDenied,
+            )
         streams = self._interfaces.lookup_method(call)[1].more
         if streams and len(self._streams) >= _MOST_STREAMS:
             raise _reply_of(
@@ -372,11 +382,14 @@ class _Protocol(VarlinkInterfaceServerProtocol):
 
 
 class Server:
-    """Listens on a socket and serves who is permitted: root, the daemon's user, and the socket's group."""
+    """Listens on a socket and serves root, the daemon's user and the socket's group; readers may look."""
 
-    def __init__(self, manager: Manager, listener: socket.socket, group: int) -> None:
+    def __init__(
+        self, manager: Manager, listener: socket.socket, group: int, readers: Readers = NOBODY
+    ) -> None:
+        refuse_descriptors(listener)
         self._listener = listener
-        self._group = group
+        self._gate = Gate(group, readers)
         self._clients: set[VarlinkTransport] = set()
         self._registry = VarlinkInterfaceRegistry()
         self._registry.register_interface(
@@ -410,28 +423,28 @@ class Server:
             loop.call_later(_ACCEPT_PAUSE, self._accept_again)
             return
         try:
-            permitted = self._is_permitted(connection)
+            peer = Peer.of(connection)
         except OSError:
+            connection.close()
+            return
+        access = self._gate.access_of(peer)
+        guest = access is not Access.ALL
+        if guest and not self._gate.enter(peer.uid):
+            log.debug("user %d has too many connections: another one is closed", peer.uid)
             connection.close()
             return
         connection.setblocking(False)
         transport = VarlinkTransport(
-            asyncio.get_running_loop(), connection, connection, _Protocol(self._registry, permitted=permitted),
+            asyncio.get_running_loop(), connection, connection, _Protocol(self._registry, access=access),
             # No descriptors are passed, so messages need not be received one by one. And with a predictor, asyncvarlink
             # 0.3.3 reads until nothing is left: a client that is always faster would have the daemon for itself.
             boundary_predictor=None,
         )
         self._clients.add(transport)
         transport.closed_future.add_done_callback(lambda _: self._clients.discard(transport))
+        if guest:
+            transport.closed_future.add_done_callback(lambda _: self._gate.leave(peer.uid))
 
     def _accept_again(self) -> None:
         if self._listener.fileno() >= 0:
             asyncio.get_running_loop().add_reader(self._listener, self._accept)
-
-    def _is_permitted(self, connection: socket.socket) -> bool:
-        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        _pid, uid, gid = struct.unpack("3i", credentials)
-        if uid in (0, os.geteuid()) or gid == self._group:
-            return True
-        groups = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_SIZE)
-        return self._group in struct.unpack(f"{len(groups) // 4}I", groups)

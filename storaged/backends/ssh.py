@@ -113,7 +113,7 @@ def _read(source: str) -> _File:
     _, _, rest = source.partition(":")
     authority, slash, path = rest.removeprefix("//").partition("/")
     before, at, server = authority.rpartition("@")
-    port = re.sub(r"\[[^\]]*\]", "", server).partition(":")[2]
+    port = re.sub(r"\[[^][]*\]", "", server).partition(":")[2]
     if ":" in before or ("@" in path and not port.isdigit() and port):
         # The source is not said again: there may be a password in it, with a slash perhaps.
         raise StoragedError(

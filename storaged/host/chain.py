@@ -426,7 +426,14 @@ def _pread(fd: int, offset: int, length: int) -> bytes:
 
 def _real(path: str) -> str:
     """Return the path without links. POSIX lets two slashes at the beginning stay; to Linux they are one."""
-    return "/" + os.path.realpath(path).lstrip("/")
+    try:
+        return "/" + os.path.realpath(path).lstrip("/")
+    except OSError as error:
+        # A link of /proc that leads to where even root may not.
+        raise StoragedError(
+            ErrorCode.INVALID_SOURCE, f"{_shown(path)} cannot be followed", cause=error.strerror or "",
+            hint="name the file itself",
+        ) from error
 
 
 def _inside(real: str, place: str) -> bool:

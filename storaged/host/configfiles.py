@@ -31,13 +31,14 @@ def check_config(layout: Layout, config_file: str | None) -> tuple[Config | None
     """
     files = [(path, read_config(path)) for path in config_files(layout, config_file)]
     config, problems = check_files(files)
-    if config is not None and config.socket_group is not None and not _is_group(config.socket_group):
-        said_in = next((path for path, text in reversed(files) if b"socket_group" in text), "")
-        problems.append(Problem(
-            said_in, None, "socket_group", f"socket_group: there is no group {config.socket_group!r}",
-            "create it (groupadd --system), or correct the key",
-        ))
-        config = None
+    if config is not None:
+        missing = [
+            _missing_group(files, key, group)
+            for key, group in [("socket_group", config.socket_group), *(("read_only", g) for g in config.access.groups)]
+            if group is not None and not _is_group(group)
+        ]
+        if missing:
+            return None, problems + missing
     return config, problems
 
 
@@ -76,6 +77,15 @@ def read_config(path: str) -> bytes:
 
 def _unreadable(path: str, error: OSError) -> StoragedError:
     return StoragedError(ErrorCode.INVALID_ARGUMENT, f"cannot read {path}", cause=error.strerror or "")
+
+
+def _missing_group(files: list[tuple[str, bytes]], key: str, group: str) -> Problem:
+    said_in = next((path for path, text in reversed(files) if key.encode() in text), "")
+    name = "access.read_only" if key == "read_only" else key
+    return Problem(
+        said_in, None, name, f"{name}: there is no group {group!r}",
+        "create it (groupadd --system), or correct the key",
+    )
 
 
 def _is_group(name: str) -> bool:

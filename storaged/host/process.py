@@ -134,13 +134,18 @@ def find_by_arguments(*wanted: str) -> list[ProcessIdentity]:
     return found
 
 
-def open_files(pid: int) -> set[tuple[int, int, int]]:
-    """Return (device, inode, number of the block device or 0) of each file and block device a process has open."""
+def open_files(pid: int, apart_from: tuple[str, ...] = ()) -> set[tuple[int, int, int]]:
+    """Return (device, inode, number of the block device or 0) of each file and block device a process has open.
+
+    Without those below the directories ``apart_from``.
+    """
+    others = tuple(f"{directory}/" for directory in apart_from)
     found = set()
     directory = f"/proc/{pid}/fd"
     for descriptor in os.listdir(directory):
         try:
-            if os.readlink(f"{directory}/{descriptor}").startswith("/"):
+            path = os.readlink(f"{directory}/{descriptor}")
+            if path.startswith("/") and not path.startswith(others):
                 seen = os.stat(f"{directory}/{descriptor}")
                 number = seen.st_rdev if stat.S_ISBLK(seen.st_mode) else 0
                 found.add((seen.st_dev, seen.st_ino, number))

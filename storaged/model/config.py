@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from enum import Enum
 from ipaddress import ip_address
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -77,11 +77,26 @@ class MetricsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         )
 
 
+class AccessConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who may use the daemon beside root and the members of ``socket_group``."""
+
+    read_only: Annotated[Literal["nobody", "everybody"] | list[Annotated[str, Meta(min_length=1)]], Meta(
+        description="who may look at the volumes (list, show, watch) and change nothing: nobody, everybody, or a list"
+        " of groups. They see where the data is, the options and all errors, and no secret",
+    )] = "nobody"
+
+    @property
+    def groups(self) -> list[str]:
+        """The groups whose members may look."""
+        return self.read_only if isinstance(self.read_only, list) else []
+
+
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """storaged.toml. Times in seconds."""
 
     qsd: QsdConfig = QsdConfig()
     metrics: MetricsConfig = MetricsConfig()
+    access: AccessConfig = AccessConfig()
     attach_timeout: Annotated[float, Meta(
         gt=0, le=86400, extra=_REQUESTS,
         description="seconds that an attach, a resize, a resume or an upgrade may take",
@@ -122,7 +137,10 @@ class Key:
         inner = get_args(self.type)[0] if get_origin(self.type) is Annotated else self.type
         if isinstance(inner, type) and issubclass(inner, Enum):
             return ", ".join(inner)
-        return ", ".join(get_args(inner)) if get_origin(inner) is Literal else ""
+        kinds = get_args(inner) if get_origin(inner) is Union else (inner,)
+        words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+        lists = ["a list"] if words and any(get_origin(kind) is list for kind in kinds) else []
+        return ", ".join([*words, *lists])
 
     @property
     def path(self) -> tuple[str, ...]:

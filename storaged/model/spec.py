@@ -35,6 +35,8 @@ COMMON_OPTIONS = {
 DEFAULTS = {
     "cache": "writeback", "detect-zeroes": "off", "discard": "unmap", "logical-block-size": "512", "on-stall": "wait",
 }
+#: Characters that source and options may have together. Some are read by patterns whose time grows with the square.
+LONGEST_WISHES = 32 * 1024
 CACHE_MODES = ("none", "writeback", "writethrough", "directsync", "unsafe")
 
 
@@ -118,6 +120,17 @@ def caches_writes(source: str, *, direct: bool) -> bool:
     if not isinstance(backend, NetworkBackend):
         return False
     return backend.caches_direct or (backend.caches_writes and not direct)
+
+
+def check_length(spec: VolumeSpec) -> None:
+    """Raise INVALID_ARGUMENT where the wishes are too long for anything; before anybody reads them."""
+    texts = [spec.source, spec.snapshot_dir or "", *spec.options.keys(), *spec.options.values()]
+    if sum(map(len, texts)) > LONGEST_WISHES:
+        raise StoragedError(
+            ErrorCode.INVALID_ARGUMENT, "source and options are too long", volume=spec.name[:64],
+            cause=f"they have more than {LONGEST_WISHES} characters together",
+            hint="was the content of a file given for its name?",
+        )
 
 
 def check_spec(spec: VolumeSpec, further_options: Set[str]) -> None:

@@ -7,14 +7,15 @@ import msgspec
 from storaged.backends.jsontree import is_tree, read_tree
 from storaged.errors import ErrorCode, StoragedError
 from storaged.model.formats import Format
-from storaged.model.spec import VolumeSpec
+from storaged.model.spec import VolumeSpec, check_length
 
 
 def spelled_out(spec: VolumeSpec, said: Format | None) -> VolumeSpec:
     """Return the wishes with the tree of its source taken apart; ``said`` is the format beside the tree, if one is.
 
-    Raises what ``read_tree`` raises, INVALID_ARGUMENT where tree and wishes contradict.
+    Raises what ``read_tree`` raises, INVALID_ARGUMENT where tree and wishes contradict, or are too long.
     """
+    check_length(spec)
     if not is_tree(spec.source):
         return spec
     try:

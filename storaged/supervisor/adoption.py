@@ -21,7 +21,7 @@ def read_record(site: Site) -> tuple[Record | None, str]:
             record = msgspec.json.decode(file.read(), type=Record)
     except FileNotFoundError:
         return None, ""
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return None, f"record.json is damaged: {error}"
     if record.spec.name != site.name or record.transport not in TRANSPORTS:
         return None, "record.json speaks of another volume or transport"

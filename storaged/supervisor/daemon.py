@@ -16,6 +16,7 @@ from dataclasses import replace
 
 import uvloop
 
+from storaged.api.access import Readers
 from storaged.api.server import Server
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import locks
@@ -46,7 +47,7 @@ def run(layout: Layout, config_file: str | None) -> int:
     faulthandler.enable()
     service = ServiceManager()
     config = load_config(layout, config_file)
-    group = _group(config)
+    group, readers = _group(config), _readers(config)
     journald.set_up(config.log_level.upper())
     # Before there is a second thread: it would not inherit what this one gets.
     for failure in protect_daemon():
@@ -60,14 +61,14 @@ def run(layout: Layout, config_file: str | None) -> int:
     _raise_descriptor_limit()
     lock = _lock_out_others(layout)
     try:
-        uvloop.run(_serve(layout, config, config_file, group, service))
+        uvloop.run(_serve(layout, config, config_file, group, readers, service))
     finally:
         os.close(lock)
     return 0
 
 
 async def _serve(
-    layout: Layout, config: Config, config_file: str | None, group: int, service: ServiceManager
+    layout: Layout, config: Config, config_file: str | None, group: int, readers: Readers, service: ServiceManager
 ) -> None:
     stop = asyncio.Event()
     hang_up = asyncio.Event()
@@ -80,9 +81,11 @@ async def _serve(
     )
     listener, ours = _listen(layout, service)
     os.chown(layout.socket, -1, group)
+    # Also of a socket that the service manager keeps: another configuration may have let more in.
+    os.chmod(layout.socket, readers.socket_mode)
     async with asyncio.TaskGroup() as tasks:
         manager = Manager(environment, tasks)
-        server = Server(manager, listener, group)
+        server = Server(manager, listener, group, readers)
         await manager.start()
         server.start()
         metrics = tasks.create_task(serve_metrics(manager), name="metrics")
@@ -130,14 +133,21 @@ def _listen(layout: Layout, service: ServiceManager) -> tuple[socket.socket, boo
 
 
 def _group(config: Config) -> int:
-    if config.socket_group is None:
-        return os.getegid()
+    return os.getegid() if config.socket_group is None else _number_of(config.socket_group, "socket_group")
+
+
+def _readers(config: Config) -> Readers:
+    groups = frozenset(_number_of(name, "[access] read_only") for name in config.access.groups)
+    return Readers(config.access.read_only == "everybody", groups)
+
+
+def _number_of(group: str, key: str) -> int:
     try:
-        return grp.getgrnam(config.socket_group).gr_gid
+        return grp.getgrnam(group).gr_gid
     except KeyError as error:
         raise StoragedError(
-            ErrorCode.INVALID_ARGUMENT, f"there is no group {config.socket_group!r}",
-            hint="create it (groupadd --system), or correct socket_group in storaged.toml",
+            ErrorCode.INVALID_ARGUMENT, f"there is no group {group!r}",
+            hint=f"create it (groupadd --system), or correct {key} in storaged.toml",
         ) from error
 
 

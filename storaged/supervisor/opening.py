@@ -253,11 +253,15 @@ def is_same(opening: Opening, sources: Mapping[str, bool]) -> bool:
     return dict(opening.sources) == dict(sources)
 
 
-def opened_as_wanted(opening: Opening, pid: int) -> bool:
-    """Whether QSD has opened the very files that were looked at and locked, and nothing swapped in for them."""
+def opened_as_wanted(opening: Opening, pid: int, own: tuple[str, ...] = ()) -> bool:
+    """Whether QSD has opened the very files that were looked at and locked, and nothing swapped in for them.
+
+    What is in the directories ``own`` is storaged's: such a file may have got the inode of an image that was removed
+    after the look, and would stand for it.
+    """
     opened = {
         block_identity(number) if number else file_identity(device, inode)
-        for device, inode, number in process.open_files(pid)
+        for device, inode, number in process.open_files(pid, own)
     }
     return opening.files <= opened
 

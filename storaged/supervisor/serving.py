@@ -300,7 +300,8 @@ async def _add_and_look(held: Holding, session: Session, wanted: opening.Opening
     held.environment.fault("open: added")
     pid = held.known().process
     return pid is not None and await held.source_calls(
-        "look at what QSD opened", timeout, opening.opened_as_wanted, wanted, pid.pid
+        "look at what QSD opened", timeout, opening.opened_as_wanted, wanted, pid.pid,
+        (held.directory, held.environment.lock_directory),
     )
 
 

@@ -58,7 +58,7 @@ def write(layout: Layout, text: str, drop_in: str = "") -> None:
         (5, "log-level", "did you mean log_level?"),
         (6, "snapshot_dir", "expected an absolute path"),
         (7, "log_level", "one of debug, info, warning, error"),
-        (8, "text", "known here: attach_timeout"),
+        (8, "text", "known here: access, attach_timeout"),
         (13, "qsd.binaries", "expected `str`, got `int`"),
         (14, "qsd.binery", "did you mean binary?"),
     ],
@@ -116,6 +116,23 @@ def test_a_group_that_this_host_does_not_have_is_a_problem(layout: Layout) -> No
     assert problem.key == "socket_group"
     assert problem.file.endswith("10-a.toml")
     assert "groupadd" in problem.hint
+
+
+def test_a_group_of_readers_that_this_host_does_not_have_is_a_problem(layout: Layout) -> None:
+    write(layout, "[access]\nread_only = ['root', 'no-such-group']", "10-a.toml")
+    config, (problem,) = check_config(layout, None)
+    assert config is None
+    assert problem.key == "access.read_only"
+    assert "no-such-group" in problem.message
+    assert problem.file.endswith("10-a.toml")
+
+
+@pytest.mark.parametrize("value", ["'readers'", "['']", "3", "true", "[['a']]"])
+def test_who_may_look_is_nobody_everybody_or_groups(value: str) -> None:
+    config, (problem,) = check_files([("/f", f"[access]\nread_only = {value}".encode())])
+    assert config is None
+    assert problem.line == 2
+    assert problem.hint == "one of nobody, everybody, a list"
 
 
 def test_a_named_file_must_be_there(layout: Layout) -> None:

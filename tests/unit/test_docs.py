@@ -13,7 +13,7 @@ from storaged.backends import BACKENDS
 from storaged.backends.base import Backend, NetworkBackend
 from storaged.cli.parser import TRANSPORTS
 from storaged.errors import ErrorCode
-from storaged.model.config import Config, MetricsConfig, QsdConfig
+from storaged.model.config import AccessConfig, Config, MetricsConfig, QsdConfig
 from storaged.model.configcheck import parse_config
 from storaged.model.formats import Format
 from storaged.model.plan import Step
@@ -37,10 +37,10 @@ NETWORK_OPTIONS = [
 #: Where a page is not named after the backend.
 PAGES = {"https": "http", "ftps": "ftp"}
 TRANSPORT_OPTIONS = [(name, option) for name, transport in ALL_TRANSPORTS.items() for option in transport.options]
-SECTIONS = ("qsd", "metrics")
+SECTIONS = ("qsd", "metrics", "access")
 CONFIG_KEYS = [
-    field.name for struct in (Config, QsdConfig, MetricsConfig) for field in msgspec.structs.fields(struct)
-    if field.name not in SECTIONS
+    field.name for struct in (Config, QsdConfig, MetricsConfig, AccessConfig)
+    for field in msgspec.structs.fields(struct) if field.name not in SECTIONS
 ]
 
 
@@ -124,6 +124,7 @@ def test_what_the_example_has_as_comments_can_be_used() -> None:
     everything = re.sub(rb"^# (\w+ = )", rb"\1", EXAMPLE, flags=re.MULTILINE)
     config = parse_config(everything, "the example")
     found = {**msgspec.structs.asdict(config.qsd), **msgspec.structs.asdict(config.metrics)}
+    found |= msgspec.structs.asdict(config.access)
     found |= msgspec.structs.asdict(config)
     assert all(found[key] is not None for key in CONFIG_KEYS)
     assert config.qsd.binaries

@@ -97,6 +97,21 @@ def test_a_source_that_was_only_read_or_renamed_has_the_same(image: Path) -> Non
     assert opening.inspect(spec(moved, snapshot=True)).fingerprint == before
 
 
+def test_a_file_of_storaged_s_own_does_not_stand_for_an_image(tmp_path: Path) -> None:
+    """It may have got the inode of one that was removed after the look: here by another name of the same file."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "own").mkdir()
+    image = tmp_path / "images" / "a"
+    image.write_bytes(bytes(4096))
+    found = opening.inspect(spec(image))
+    os.link(image, tmp_path / "own" / "qsd.pid")
+    with open(tmp_path / "own" / "qsd.pid", "rb"):
+        assert opening.opened_as_wanted(found, os.getpid())
+        assert not opening.opened_as_wanted(found, os.getpid(), (str(tmp_path / "own"),))
+    with open(image, "rb"):
+        assert opening.opened_as_wanted(found, os.getpid(), (str(tmp_path / "own"),))
+
+
 def test_what_a_process_has_open_is_compared_with_what_was_looked_at(image: Path) -> None:
     found = opening.inspect(spec(image))
     assert not opening.opened_as_wanted(found, os.getpid())

@@ -20,6 +20,7 @@ import pytest
 import uvloop
 
 from storaged.api import server as module
+from storaged.api.access import Access, Gate
 from storaged.api.server import Server
 from storaged.model.config import Config
 from storaged.model.layout import Layout
@@ -202,7 +203,7 @@ def test_who_may_not_ask_and_reads_no_replies_is_not_read_from_either(
 ) -> None:
     async def work(place: Place) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(Server, "_is_permitted", lambda *_: False)
+            patch.setattr(Gate, "access_of", lambda *_: Access.NOTHING)
             async with place.client() as client:
                 reply = await client.call("io.storaged.List")
                 assert reply is not None
@@ -475,6 +476,21 @@ def test_a_stream_ends_when_its_client_goes_and_not_only_at_the_next_event(
             await eventually(lambda: not place.server._clients)
         finally:
             client.sock.close()
+
+    with_server(tmp_path, work)
+
+
+def test_a_client_that_asks_for_a_stream_and_says_that_this_was_all_ends_cleanly(tmp_path: Path) -> None:
+    """Its end comes while the first event is on its way: with_server looks for what nobody caught."""
+
+    async def work(place: Place) -> None:
+        for _ in range(100):
+            async with place.client() as client:
+                await client.send(request("io.storaged.Watch", more=True))
+                client.sock.shutdown(socket.SHUT_WR)
+                while await client.receive():
+                    pass
+        await eventually(lambda: place.watchers == 0 and not place.server._clients)
 
     with_server(tmp_path, work)
 
