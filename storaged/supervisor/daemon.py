@@ -17,6 +17,7 @@ from dataclasses import replace
 import uvloop
 
 from storaged.api.server import Server
+from storaged.api.storageserver import ProviderServer
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import locks
 from storaged.host.configfiles import load_config
@@ -85,6 +86,7 @@ async def _serve(
         server = Server(manager, listener, group)
         await manager.start()
         server.start()
+        provider = ProviderServer(manager, layout)
         metrics = tasks.create_task(serve_metrics(manager), name="metrics")
         log.info(
             "ready, %d volumes, socket %s", len(manager.volumes()), layout.socket, extra=journald.about(event="ready")
@@ -98,6 +100,7 @@ async def _serve(
         watchdog.cancel()
         metrics.cancel()
         reloads.cancel()
+        await provider.close()
         await server.close()
         if ours:
             with contextlib.suppress(FileNotFoundError):
