@@ -80,8 +80,8 @@ def test_what_was_written_to_the_volume_is_read_through_the_descriptor(daemon: D
         # Whoever has it is a user of the device as any other: nothing is taken away from under it.
         assert error_of(lambda: daemon.detach("a")).code is ErrorCode.DEVICE_IN_USE
     daemon.detach("a")
-    with_pattern = run("qemu-io", "-r", "-f", "qcow2", "-c", "read -v 2M 512", place / "a.qcow2").stdout
-    assert "through the desc" in with_pattern
+    run("qemu-img", "convert", "-O", "raw", place / "a.qcow2", place / "a.raw")
+    assert (place / "a.raw").read_bytes()[2 * MIB:].startswith(b"through the descriptor")
 
 
 def test_a_volume_is_mounted_through_the_descriptor_as_mount_storage_does(daemon: Daemon, place: Path) -> None:
@@ -109,7 +109,7 @@ def test_a_read_only_volume_is_given_for_reading(daemon: Daemon, place: Path) ->
 
 
 def test_volumes_are_listed_and_what_is_not_there_or_not_online_is_refused(daemon: Daemon, place: Path) -> None:
-    assert ask(daemon, "ListVolumes", more=True) == ([{"error": f"{INTERFACE}.NoSuchVolume", "parameters": {}}], [])
+    assert ask(daemon, "ListVolumes", more=True) == ([{"error": f"{INTERFACE}.NoSuchVolume"}], [])
     daemon.attach("a", image(place / "a.raw", "raw"), transport="fuse")
     daemon.attach("b", image(place / "b.raw", "raw", "128M"), transport="fuse", read_only=True)
     daemon.attach("vm", image(place / "vm.raw", "raw"), transport="vhost-user")
@@ -164,7 +164,7 @@ def test_the_socket_group_gets_no_descriptors(stopped: Daemon) -> None:
     def connect_as_member(path: str) -> str:
         # Past the mode of the socket: the daemon's own check is what is looked at.
         done = run(
-            "setpriv", "--reuid=1", "--regid=1", "--clear-groups", "--inh-caps=-all", "python3", "-c",
+            "setpriv", "--reuid=1", "--regid=1", "--clear-groups", "--inh-caps=-all", "/usr/bin/python3", "-c",
             "import json,socket,sys; s=socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); "
             "s.sendall(json.dumps({'method': sys.argv[2], 'more': True, 'parameters': {}}).encode() + b'\\0'); "
             "print(json.loads(s.recv(65536)[:-1])['error'])",
@@ -172,6 +172,6 @@ def test_the_socket_group_gets_no_descriptors(stopped: Daemon) -> None:
         )
         return done.stdout.strip() or done.stderr.splitlines()[-1]
 
-    assert "Permission denied" in connect_as_member(stopped.layout.provider_hook)
+    assert "PermissionError" in connect_as_member(stopped.layout.provider_hook)
     os.chmod(stopped.layout.provider_hook, 0o666)
     assert connect_as_member(stopped.layout.provider_hook) == "org.varlink.service.PermissionDenied"
