@@ -71,7 +71,7 @@ class Peer:
 class Gate:
     """Decides who gets in, and remembers how many guests (all who may not do everything) there are."""
 
-    def __init__(self, group: int, readers: Readers) -> None:
+    def __init__(self, group: int | None, readers: Readers) -> None:
         self._group = group
         self._readers = readers
         self._guests: Counter[int] = Counter()

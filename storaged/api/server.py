@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from asyncvarlink import (
     TypedVarlinkErrorReply,
+    VarlinkInterface,
     VarlinkInterfaceRegistry,
     VarlinkInterfaceServerProtocol,
     VarlinkMethodCall,
@@ -382,10 +383,14 @@ class _Protocol(VarlinkInterfaceServerProtocol):
 
 
 class Server:
-    """Listens on a socket and serves root, the daemon's user and the socket's group; readers may look."""
+    """Listens on a socket and serves root, the daemon's user, and the socket's group if it has one; readers may look.
+
+    ``service`` is what is served there, io.storaged if nothing is said.
+    """
 
     def __init__(
-        self, manager: Manager, listener: socket.socket, group: int, readers: Readers = NOBODY
+        self, manager: Manager, listener: socket.socket, group: int | None, readers: Readers = NOBODY, *,
+        service: VarlinkInterface | None = None,
     ) -> None:
         refuse_descriptors(listener)
         self._listener = listener
@@ -395,7 +400,7 @@ class Server:
         self._registry.register_interface(
             VarlinkServiceInterface("storaged", "storaged", __version__, "https://varlink.org", self._registry)
         )
-        self._registry.register_interface(Service(manager))
+        self._registry.register_interface(service or Service(manager))
 
     def start(self) -> None:
         """Accept clients from now on."""
@@ -436,7 +441,7 @@ class Server:
         connection.setblocking(False)
         transport = VarlinkTransport(
             asyncio.get_running_loop(), connection, connection, _Protocol(self._registry, access=access),
-            # No descriptors are passed, so messages need not be received one by one. And with a predictor, asyncvarlink
+            # No descriptors come in, so messages need not be received one by one. And with a predictor, asyncvarlink
             # 0.3.3 reads until nothing is left: a client that is always faster would have the daemon for itself.
             boundary_predictor=None,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -129,6 +130,19 @@ def open_alone(path: str, is_there: Callable[[], bool], *, deadline: float) -> i
             raise in_use(path, users)
         time.sleep(next(pauses))
     return None
+
+
+def open_same(path: str, number: int, *, write: bool) -> int:
+    """Return a descriptor of the disk with this ``diskseq``, and of no later one of that path. May block.
+
+    Raises OSError; ENXIO where it is another disk by now.
+    """
+    fd = os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOFOLLOW)
+    # Numbers only grow. Where this is the one now, no later disk can have been opened.
+    if not stat.S_ISBLK(os.fstat(fd).st_mode) or diskseq(path) != number:
+        os.close(fd)
+        raise OSError(errno.ENXIO, os.strerror(errno.ENXIO), path)
+    return fd
 
 
 def pauses_for_probes() -> Iterator[float]:

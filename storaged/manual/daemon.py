@@ -11,6 +11,7 @@ FILES = {
     f"{_LAYOUT.volume_files}/NAME.toml": "A volume that is attached at each boot, see storaged.toml(5).",
     f"{_LAYOUT.dev_dir}/NAME": "A link to the device of a volume; NAME-partN to its partitions.",
     _LAYOUT.socket: "The socket of the Varlink interface io.storaged, mode 0660.",
+    _LAYOUT.provider_hook: "The socket of io.systemd.StorageProvider, for storagectl(1) and others; root only.",
     f"{_LAYOUT.volumes_dir}/NAME/": "Of a volume that is attached: the sockets, the log and the record of its "
     "qemu-storage-daemon. Gone after a reboot.",
     f"{_LAYOUT.vm_sockets_dir}/NAME.sock": "The socket of a volume for a virtual machine.",

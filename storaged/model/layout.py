@@ -17,6 +17,7 @@ class Layout:
     state_dir: str
     config_dir: str
     dev_dir: str
+    systemd_dir: str
 
     @classmethod
     def below(cls, root: str | None) -> Layout:
@@ -27,12 +28,23 @@ class Layout:
             state_dir=os.path.join(base, "var/lib/storaged"),
             config_dir=os.path.join(base, "etc/storaged"),
             dev_dir=os.path.join(base, "dev/storaged"),
+            systemd_dir=os.path.join(base, "run/systemd"),
         )
 
     @property
     def socket(self) -> str:
         """The Varlink socket. May be longer than the 107 bytes that bind() and connect() take."""
         return f"{self.run_dir}/io.storaged"
+
+    @property
+    def provider_socket(self) -> str:
+        """The socket on which systemd's programs are served."""
+        return f"{self.run_dir}/io.systemd.StorageProvider"
+
+    @property
+    def provider_hook(self) -> str:
+        """Where they look for it. Its name is the provider's: ``storaged:NAME`` (storagectl(1))."""
+        return f"{self.systemd_dir}/io.systemd.StorageProvider/storaged"
 
     @property
     def volumes_dir(self) -> str:

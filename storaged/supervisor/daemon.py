@@ -18,6 +18,7 @@ import uvloop
 
 from storaged.api.access import Readers
 from storaged.api.server import Server
+from storaged.api.storageserver import ProviderServer
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import locks
 from storaged.host.configfiles import load_config
@@ -88,6 +89,7 @@ async def _serve(
         server = Server(manager, listener, group, readers)
         await manager.start()
         server.start()
+        provider = ProviderServer(manager, layout)
         metrics = tasks.create_task(serve_metrics(manager), name="metrics")
         log.info(
             "ready, %d volumes, socket %s", len(manager.volumes()), layout.socket, extra=journald.about(event="ready")
@@ -101,6 +103,7 @@ async def _serve(
         watchdog.cancel()
         metrics.cancel()
         reloads.cancel()
+        await provider.close()
         await server.close()
         if ours:
             with contextlib.suppress(FileNotFoundError):
