@@ -225,7 +225,6 @@ PATHS = [
     "/", "/dev/null", "/dev/zero", "/dev/full", "/dev/tty", "/proc/kmsg", "/proc/self/mem", "/proc/1/root", "/dev/fuse",
     "/proc/sys/kernel/core_pattern", "/sys/kernel/uevent_helper", "/etc/shadow\0", "/dev/loop-control", "/x" * 3000,
     "/\n", "//", "file:///etc/shadow", "host_device:/dev/null", "fd:3", "/dev/fd/3", "json:{}",
-    "nbd+unix:///x?socket=/dev/null",
 ]
 
 
