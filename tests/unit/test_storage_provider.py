@@ -20,6 +20,7 @@ import uvloop
 from asyncvarlink import VarlinkClientProtocol, VarlinkErrorReply, VarlinkTransport
 
 from storaged.api import storageserver as module
+from storaged.api.access import Peer
 from storaged.api.server import Server
 from storaged.api.storageprovider import (
     CreateMode,
@@ -372,7 +373,7 @@ def test_who_goes_away_before_the_answer_leaves_no_descriptor(place: Place, monk
 def test_who_is_not_root_is_refused(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     place.volume("a")
     monkeypatch.setattr(os, "geteuid", lambda: 4711)
-    monkeypatch.setattr("storaged.api.server.struct.unpack", lambda *_: (1, 1000, os.getgid()))
+    monkeypatch.setattr(Peer, "of", lambda _: Peer(1000, frozenset({os.getgid()})))
 
     async def work(methods: Any) -> None:
         for call in (methods.Acquire(name="a"), anext(methods.ListVolumes()), anext(methods.ListTemplates())):
