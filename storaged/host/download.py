@@ -85,6 +85,10 @@ class Mark(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     size: int
 
 
+#: Made here, once: see RECORDS in model/record.py.
+_MARKS = msgspec.json.Decoder(Mark)
+
+
 @dataclass(frozen=True)
 class Request:
     """What to fetch, and how."""
@@ -158,7 +162,7 @@ def _present(url: str, path: str) -> int | None:
         raise state_error(path, error) from error
     mark = None
     with contextlib.suppress(OSError, ValueError), open(path + _MARK, "rb") as file:
-        mark = msgspec.json.decode(file.read(), type=Mark)
+        mark = _MARKS.decode(file.read())
     if mark is None or mark.url != url:
         cause = "nothing says what it is" if mark is None else f"it is a copy of {mark.url}"
     elif seen.st_size != mark.size:

@@ -9,7 +9,7 @@ import msgspec
 
 from storaged.errors import StoragedError
 from storaged.model.layout import Layout
-from storaged.model.record import Record
+from storaged.model.record import RECORDS, Record
 from storaged.supervisor.claims import Claims
 
 
@@ -40,7 +40,7 @@ def _records(layout: Layout) -> list[tuple[str, Record]]:
     for name in names:
         try:
             with open(os.path.join(layout.volume_dir(name), "record.json"), "rb") as file:
-                found.append((name, msgspec.json.decode(file.read(), type=Record)))
+                found.append((name, RECORDS.decode(file.read())))
         except (OSError, msgspec.DecodeError):
             continue  # of a volume without a good record nobody knows the sources; the daemon does not adopt it
     return found

@@ -73,6 +73,10 @@ class _Stored(msgspec.Struct, kw_only=True):
     waited: float = 0.0
 
 
+#: Made here, once: see RECORDS in model/record.py.
+_STORED = msgspec.json.Decoder(_Stored)
+
+
 class History:
     """What happened to one volume, oldest first, and how often over its whole life."""
 
@@ -152,7 +156,7 @@ class History:
         """Return the journal that ``encode`` wrote, and an empty one where ``data`` is anything else."""
         history = cls()
         try:
-            stored = msgspec.json.decode(data, type=_Stored)
+            stored = _STORED.decode(data)
         except (ValueError, RecursionError):
             return history
         history._entries = stored.entries[-LIMIT:]

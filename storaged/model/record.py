@@ -77,3 +77,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """How long QSD took to open the source, 0 before."""
     layers: list[Layer] = []
     """The images that were opened, the disk first; empty before."""
+
+
+#: Made here, and not where it is needed: msgspec 0.22 looks for the types of a class when it first decodes one, and
+#: dies (SIGSEGV) where two threads begin that at once, as those of two volumes do when a daemon starts.
+RECORDS = msgspec.json.Decoder(Record)

@@ -111,6 +111,10 @@ class Desired(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """In which boot it was rescued (random(4), boot_id): after another there is nothing that could fail."""
 
 
+#: Made here, once: see RECORDS in model/record.py.
+DESIRES = msgspec.json.Decoder(Desired)
+
+
 def caches_writes(source: str, *, direct: bool) -> bool:
     """Whether QEMU's driver for a source keeps acknowledged writes in memory; ``direct``: with cache=none."""
     try:

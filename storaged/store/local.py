@@ -14,7 +14,7 @@ import msgspec
 from storaged.errors import StoragedError
 from storaged.host.atomic import commit, discard, remove_file, sync_directory, write_aside
 from storaged.model.names import check_name
-from storaged.model.spec import Desired
+from storaged.model.spec import DESIRES, Desired
 from storaged.store.base import Damaged, Loaded
 
 _SUFFIX = ".json"
@@ -46,7 +46,7 @@ class LocalStore:
             name = entry.removesuffix(_SUFFIX)
             try:
                 with open(path, "rb") as file:
-                    desired = msgspec.json.decode(file.read(), type=Desired)
+                    desired = DESIRES.decode(file.read())
                 check_name(name)
                 if desired.spec.name != name:
                     raise ValueError(f"the file speaks of volume {desired.spec.name!r}")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import msgspec
-
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import process
-from storaged.model.record import ProcessIdentity, Record
+from storaged.model.record import RECORDS, ProcessIdentity, Record
 from storaged.model.spec import VolumeSpec
 from storaged.qsd.process import pidfile
 from storaged.supervisor.launch import record_path
@@ -18,7 +16,7 @@ def read_record(site: Site) -> tuple[Record | None, str]:
     """Return the record of a volume, or None and what is wrong with it; nothing is where there is none. Blocks."""
     try:
         with open(record_path(site.directory), "rb") as file:
-            record = msgspec.json.decode(file.read(), type=Record)
+            record = RECORDS.decode(file.read())
     except FileNotFoundError:
         return None, ""
     except (OSError, ValueError, RecursionError) as error:

@@ -21,7 +21,7 @@ from storaged.model import backingsources
 from storaged.model.names import check_name
 from storaged.model.plan import RESCUES, Goal
 from storaged.model.qemu_args import QemuArguments
-from storaged.model.record import Record
+from storaged.model.record import RECORDS, Record
 from storaged.model.spec import Desired, VolumeSpec, caches_writes, check_spec, difference, without_defaults
 from storaged.observe.journald import about
 from storaged.store.base import Damaged
@@ -388,7 +388,7 @@ class Manager:
     def _record_of(self, name: str) -> Record | None:
         path = os.path.join(self.environment.layout.volume_dir(name), "record.json")
         with contextlib.suppress(OSError, ValueError), open(path, "rb") as file:
-            record = msgspec.json.decode(file.read(), type=Record)
+            record = RECORDS.decode(file.read())
             return record if record.spec.name == name else None
         return None
 

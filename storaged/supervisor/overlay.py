@@ -39,6 +39,10 @@ class Mark(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Of the source: see Opening.fingerprint."""
 
 
+#: Made here, once: see RECORDS in model/record.py.
+_MARKS = msgspec.json.Decoder(Mark)
+
+
 def limit_of(spec: VolumeSpec) -> int:
     """Return how large the overlay may grow, in bytes, a multiple of 64 KiB. Raises INVALID_SIZE."""
     text = spec.options.get("snapshot-size")
@@ -58,7 +62,7 @@ def locate(snapshots: str, name: str) -> Mark | None:
     path = _mark(snapshots, name)
     try:
         with open(path, "rb") as file:
-            return msgspec.json.decode(file.read(), type=Mark)
+            return _MARKS.decode(file.read())
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
