@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-import msgspec
-
 from storaged.errors import StoragedError
 from storaged.model.layout import Layout
-from storaged.model.record import RECORDS, Record
+from storaged.model.record import Record
 from storaged.supervisor.claims import Claims
+from storaged.supervisor.records import load_record
 
 
 def refuse_attached(layout: Layout, sources: Mapping[str, bool]) -> None:
@@ -39,8 +38,7 @@ def _records(layout: Layout) -> list[tuple[str, Record]]:
         return []
     for name in names:
         try:
-            with open(os.path.join(layout.volume_dir(name), "record.json"), "rb") as file:
-                found.append((name, RECORDS.decode(file.read())))
-        except (OSError, msgspec.DecodeError):
+            found.append((name, load_record(layout.volume_dir(name))))
+        except (OSError, ValueError):
             continue  # of a volume without a good record nobody knows the sources; the daemon does not adopt it
     return found

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import process
-from storaged.model.record import RECORDS, ProcessIdentity, Record
+from storaged.model.record import ProcessIdentity, Record
 from storaged.model.spec import VolumeSpec
 from storaged.qsd.process import pidfile
-from storaged.supervisor.launch import record_path
+from storaged.supervisor.records import load_record
 from storaged.transports import TRANSPORTS
 from storaged.transports.base import Site
 
@@ -15,11 +15,10 @@ from storaged.transports.base import Site
 def read_record(site: Site) -> tuple[Record | None, str]:
     """Return the record of a volume, or None and what is wrong with it; nothing is where there is none. Blocks."""
     try:
-        with open(record_path(site.directory), "rb") as file:
-            record = RECORDS.decode(file.read())
+        record = load_record(site.directory)
     except FileNotFoundError:
         return None, ""
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         return None, f"record.json is damaged: {error}"
     if record.spec.name != site.name or record.transport not in TRANSPORTS:
         return None, "record.json speaks of another volume or transport"

@@ -24,7 +24,7 @@ from storaged.observe.journald import about
 from storaged.qsd.process import log_file
 from storaged.qsd.served import ServedQsd
 from storaged.qsd.stderr import Stderr
-from storaged.supervisor import launch, opening
+from storaged.supervisor import launch, opening, records
 from storaged.supervisor.environment import Environment
 from storaged.transports import TRANSPORTS
 from storaged.transports.base import Site, Transport
@@ -141,7 +141,7 @@ class Holding:
     async def _write(self, former: asyncio.Task[None] | None) -> None:
         if former is not None:
             await asyncio.wait({former})
-        await self.blocking("write the record", 10, launch.write_record, self.directory, self.known())
+        await self.blocking("write the record", 10, records.write_record, self.directory, self.known())
 
     def protect(self) -> None:
         """Keep the present QSD in memory, unless that is done. Nobody waits for it."""

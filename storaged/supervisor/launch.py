@@ -17,7 +17,6 @@ from storaged.backends.base import NetworkBackend, Requirements
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import locks, process, secrets, sshagent
 from storaged.host.atomic import write_atomic
-from storaged.host.reserve import write_reserved
 from storaged.host.unixsock import bind_unix, connect_unix
 from storaged.model.record import Record
 from storaged.model.spec import VolumeSpec
@@ -25,6 +24,7 @@ from storaged.qsd.build import build_of
 from storaged.qsd.process import find_binary, qmp_socket, spawn
 from storaged.supervisor import fetching, opening, overlay
 from storaged.supervisor.environment import Environment
+from storaged.supervisor.records import write_record
 from storaged.transports import TRANSPORTS, choose_transport
 from storaged.transports.base import Site
 
@@ -49,16 +49,6 @@ class Started:
         self.monitor.close()
         process.kill(self.pidfd)
         os.close(self.pidfd)
-
-
-def record_path(directory: str) -> str:
-    """The path of a volume's record in its private directory."""
-    return os.path.join(directory, "record.json")
-
-
-def write_record(directory: str, record: Record) -> None:
-    """Write the record, all or nothing."""
-    write_reserved(record_path(directory), msgspec.json.encode(record))
 
 
 def launch(

@@ -21,13 +21,14 @@ from storaged.model import backingsources
 from storaged.model.names import check_name
 from storaged.model.plan import RESCUES, Goal
 from storaged.model.qemu_args import QemuArguments
-from storaged.model.record import RECORDS, Record
+from storaged.model.record import Record
 from storaged.model.spec import Desired, VolumeSpec, caches_writes, check_spec, difference, without_defaults
 from storaged.observe.journald import about
 from storaged.store.base import Damaged
 from storaged.store.files import Found
 from storaged.supervisor import fetching, overlay
 from storaged.supervisor.environment import Environment
+from storaged.supervisor.records import load_record
 from storaged.supervisor.secrets import NO_SECRETS, check_secrets, secrets_apart
 from storaged.supervisor.volume import Volume
 from storaged.transports import check_transport, options_of
@@ -386,9 +387,8 @@ class Manager:
         return Desired(spec=desired.spec) if rescued and desired.boot != boot_id() else desired
 
     def _record_of(self, name: str) -> Record | None:
-        path = os.path.join(self.environment.layout.volume_dir(name), "record.json")
-        with contextlib.suppress(OSError, ValueError), open(path, "rb") as file:
-            record = RECORDS.decode(file.read())
+        with contextlib.suppress(OSError, ValueError):
+            record = load_record(self.environment.layout.volume_dir(name))
             return record if record.spec.name == name else None
         return None
 

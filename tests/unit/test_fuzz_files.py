@@ -19,16 +19,18 @@ from hypothesis import strategies as st
 
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host.blocking import BlockingCalls
+from storaged.images import claims
 from storaged.model.config import Config
 from storaged.model.configcheck import parse_config
 from storaged.model.history import Happening, History
+from storaged.model.layout import Layout
 from storaged.model.record import ProcessIdentity, Record
 from storaged.model.spec import Desired, VolumeSpec
 from storaged.model.volumefile import parse_volume_file
 from storaged.store.files import VolumeFiles
 from storaged.store.local import LocalStore
 from storaged.supervisor import adoption, overlay
-from storaged.supervisor.launch import record_path
+from storaged.supervisor.records import record_path
 from storaged.transports.base import Site
 from tests.unit.fuzzing import VALUES
 
@@ -84,6 +86,15 @@ def test_any_record_is_one_of_this_volume_or_damage(directory: Path, data: bytes
     record, damage = adoption.read_record(site)
     assert bool(damage) is (record is None)
     assert record is None or record.spec.name == "a"
+
+
+@many
+@given(damaged(RECORD))
+def test_a_damaged_record_of_another_volume_stops_no_command_on_an_image(directory: Path, data: bytes) -> None:
+    layout = Layout.below(str(directory / "root"))
+    os.makedirs(layout.volume_dir("a"), exist_ok=True)
+    Path(record_path(layout.volume_dir("a"))).write_bytes(data)
+    claims.refuse_attached(layout, {"file:7:7": True})
 
 
 @many

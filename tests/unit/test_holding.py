@@ -18,7 +18,7 @@ from storaged.model.plan import Device, Qsd
 from storaged.model.record import Record
 from storaged.model.spec import VolumeSpec
 from storaged.qsd.served import ServedQsd
-from storaged.supervisor import launch, serving
+from storaged.supervisor import records, serving
 from storaged.supervisor.adoption import read_record
 from storaged.supervisor.attachment import Attachment
 from storaged.supervisor.environment import Environment
@@ -97,7 +97,7 @@ Held = Callable[[], tuple[Attachment, Session]]
 def disk(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What becomes of the next writes: ``slow``, ``full``; all others work."""
     fates: list[str] = []
-    write = launch.write_record
+    write = records.write_record
 
     def work(directory: str, record: Record) -> None:
         fate = fates.pop(0) if fates else ""
@@ -107,7 +107,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             raise StoragedError(ErrorCode.NO_SPACE, "the disk is full")
         write(directory, record)
 
-    monkeypatch.setattr(launch, "write_record", work)
+    monkeypatch.setattr(records, "write_record", work)
     return fates
 
 
