@@ -14,6 +14,7 @@ from storaged.images import arguments, operand, remoteheader
 from storaged.images.operand import Operand, Wish
 from storaged.images.process import Outcome, run
 from storaged.images.provide import Provided, provided
+from storaged.images.timing import trials
 from storaged.images.workspace import Workspace, workspace
 from storaged.model.config import Config
 from storaged.model.formats import Format
@@ -167,7 +168,9 @@ def amend(task: Task, wish: Wish) -> None:
         )
     with opened(task, [one]) as given:
         words = arguments.creation_words(one.creation)
-        run("amend", [*words, given.names[one.spec.name]], given, progress=task.progress)
+        for trial in trials():
+            with trial:
+                run("amend", [*words, given.names[one.spec.name]], given, progress=task.progress)
         flush(given.nodes[one.spec.name])
 
 

@@ -17,6 +17,7 @@ from storaged.images.newfile import is_there, new_file
 from storaged.images.operand import Operand, Wish
 from storaged.images.process import run
 from storaged.images.provide import Provided, provided
+from storaged.images.timing import trials
 from storaged.images.workspace import Workspace, workspace
 from storaged.model.formats import COPY_ON_WRITE, Format
 from storaged.model.sizes import parse_size
@@ -242,7 +243,9 @@ def _format_file(
     )
     with _unchecked(task, replace(one, opening=nothing), place) as given:
         task.doing(f"creating {path}")
-        run("create", [*words, path, str(size)], given)
+        for trial in trials():
+            with trial:
+                run("create", [*words, path, str(size)], given)
 
 
 def _as_raw(one: Operand) -> Operand:

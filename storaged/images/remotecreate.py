@@ -19,6 +19,7 @@ from storaged.host.unixsock import bind_unix, connect_unix
 from storaged.images.child import start
 from storaged.images.operand import Operand
 from storaged.images.provide import Provided
+from storaged.images.timing import trials
 from storaged.model.config import Config
 from storaged.model.formats import Format
 from storaged.model.sizes import parse_size
@@ -113,10 +114,12 @@ async def _create(operand: Operand, monitor: socket.socket, todo: list[dict[str,
         session = await Session.over(monitor, timeout=_GREETING)
         try:
             for number, options in enumerate(todo):
-                job = f"create{number}"
-                await session.run_job(
-                    "blockdev-create", {"job-id": job, "options": options}, job, timeout=_LONGEST
-                )
+                for attempt, trial in enumerate(trials()):
+                    with trial:
+                        job = f"create{number}-{attempt}"
+                        await session.run_job(
+                            "blockdev-create", {"job-id": job, "options": options}, job, timeout=_LONGEST
+                        )
         finally:
             await session.close()
     except StoragedError as error:

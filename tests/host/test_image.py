@@ -162,12 +162,7 @@ def test_convert_there_and_back(root: Daemon, place: Path, format: str) -> None:
     there = ["-O", format] + (
         ["--target-option", f"key-file={key}", "-o", "iter-time=10"] if format == "luks" else []
     )
-    for _ in range(10):
-        done = image_command(root, "convert", *there, source, place / "b", check=False)
-        # Its benchmark of the key derivation fails now and then on a busy machine.
-        if done.status == 0 or "pbkdf" not in done.stderr.lower():
-            break
-    assert done.status == 0, done.stderr
+    image_command(root, "convert", *there, source, place / "b")
     image_command(root, "convert", "-f", format, *secret, place / "b", place / "c.raw")
     assert (place / "c.raw").read_bytes()[:4 * MIB] == source.read_bytes()
     image_command(root, "compare", "-f", format, *secret, place / "b", source)
