@@ -15,7 +15,7 @@ from storaged.errors import ErrorCode
 from tests.backends.iscsi_server import SECRET, TARGET, USER, IscsiServer
 from tests.backends.secrecy import secret_is_nowhere
 from tests.backends.servers import Load
-from tests.harness import Daemon, as_json, error_of, eventually, image, mounted, reads, refuses, run, writes
+from tests.harness import Daemon, as_json, error_of, eventually, image, mounted, reads, refuses, run, size_of, writes
 
 MIB = 1 << 20
 PATTERN = bytes(range(256)) * 256
@@ -149,13 +149,11 @@ def test_a_lun_that_has_grown_is_served_at_its_old_size_until_a_resize(
         os.truncate(disk, times * size)
         server.start()
         if times == 2:
-            pid = daemon.kill_qsd("a")
-            eventually(lambda pid=pid: daemon.replaced("a", pid), "a successor serves it", 40)  # type: ignore[misc]  # a default
-            device = str(daemon.show("a")["device"])
+            device = daemon.replace_qsd("a")
         # The third time QSD goes on, and asks for the size when it is told to grow.
-        assert run("blockdev", "--getsize64", device).stdout.strip() == str((times - 1) * size)
+        assert size_of(device) == (times - 1) * size
         daemon.cli("resize", "a")
-        assert run("blockdev", "--getsize64", device).stdout.strip() == str(times * size)
+        assert size_of(device) == times * size
 
 
 def test_a_target_and_a_lun_that_are_not_there(server: IscsiServer, daemon: Daemon) -> None:

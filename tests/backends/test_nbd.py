@@ -16,7 +16,7 @@ import pytest
 
 from storaged.errors import ErrorCode
 from tests.backends.servers import EXPORT, Load, NbdServer, network
-from tests.harness import Daemon, as_json, error_of, eventually, image, mounted, reads, refuses, run, writes
+from tests.harness import Daemon, as_json, error_of, eventually, image, mounted, reads, refuses, run, size_of, writes
 
 MIB = 1 << 20
 PATTERN = bytes(range(256)) * 256
@@ -380,18 +380,12 @@ def grows(server: NbdServer, disk: Path, size: int) -> None:
     server.start()
 
 
-def size_of(device: str) -> int:
-    return int(run("blockdev", "--getsize64", device).stdout)
-
-
 def test_a_disk_that_has_grown_is_served_at_its_old_size_until_a_resize(
     server: NbdServer, daemon: Daemon, source: str, disk: Path
 ) -> None:
     writes(daemon.device("a", source), 0, PATTERN)
     grows(server, disk, 128 * MIB)
-    pid = daemon.kill_qsd("a")
-    eventually(lambda: daemon.replaced("a", pid), "a successor serves it", 40)
-    device = str(daemon.show("a")["device"])
+    device = daemon.replace_qsd("a")
     assert size_of(device) == 64 * MIB
     assert reads(device, 0, len(PATTERN)) == PATTERN
     assert daemon.show("a")["source_size"] == 128 * MIB
@@ -439,9 +433,7 @@ def test_a_snapshot_does_not_mind_that_its_source_has_grown(
     writes(daemon.device("a", source, snapshot=True), 0, PATTERN)
     grows(server, disk, 128 * MIB)
     writes(str(disk), 64 * MIB, PATTERN)
-    pid = daemon.kill_qsd("a")
-    eventually(lambda: daemon.replaced("a", pid), "a successor serves it", 40)
-    device = str(daemon.show("a")["device"])
+    device = daemon.replace_qsd("a")
     assert size_of(device) == 64 * MIB
     assert reads(device, 0, len(PATTERN)) == PATTERN
     daemon.call("Resize", name="a", size=96 * MIB)

@@ -14,7 +14,7 @@ import pytest
 from storaged.errors import ErrorCode
 from tests.backends.nfs_server import NfsServer
 from tests.backends.servers import Load, network
-from tests.harness import Daemon, as_json, error_of, eventually, image, mounted, reads, refuses, run, writes
+from tests.harness import Daemon, as_json, error_of, eventually, image, mounted, reads, refuses, run, size_of, writes
 
 MIB = 1 << 20
 PATTERN = bytes(range(256)) * 256
@@ -164,17 +164,15 @@ def test_a_file_that_has_grown_is_served_at_its_old_size_until_a_resize(
     daemon.attach("a", source)
     size = disk.stat().st_size
     os.truncate(disk, 2 * size)
-    pid = daemon.kill_qsd("a")
-    eventually(lambda: daemon.replaced("a", pid), "a successor serves it", 40)
-    device = str(daemon.show("a")["device"])
-    assert run("blockdev", "--getsize64", device).stdout.strip() == str(size)
+    device = daemon.replace_qsd("a")
+    assert size_of(device) == size
     daemon.cli("resize", "a")
-    assert run("blockdev", "--getsize64", device).stdout.strip() == str(2 * size)
+    assert size_of(device) == 2 * size
     os.truncate(disk, 3 * size)
     assert error_of(lambda: daemon.call("Resize", name="a", size=2 * size + MIB)).code is ErrorCode.INVALID_SIZE
     assert disk.stat().st_size == 3 * size
     daemon.cli("resize", "a")
-    assert run("blockdev", "--getsize64", device).stdout.strip() == str(3 * size)
+    assert size_of(device) == 3 * size
 
 
 def test_nothing_is_kept_without_a_cache(server: NfsServer, daemon: Daemon, source: str) -> None:
