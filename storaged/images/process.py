@@ -21,8 +21,8 @@ _LAST_WORDS = 5.0
 #: Bytes of what it says on stderr, of which the last tell what went wrong.
 _LONGEST_TALK = 64 * 1024
 
-#: How lines begin in which a qemu-img refuses before it writes anything (img_convert in qemu-img.c, all that comes before
-#: convert_do_copy). Of those that are not here it is not known.
+#: How lines begin in which a qemu-img refuses before it writes anything (img_convert in qemu-img.c, all that comes
+#: before convert_do_copy). Of those that are not here it is not known.
 _REFUSALS = (
     "Could not open ", "Compression not supported for this file format", "Failed to load snapshot: ",
     "output file is smaller than input file",
