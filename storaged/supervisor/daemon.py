@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import faulthandler
 import fcntl
+import gc
 import grp
 import logging
 import os
@@ -87,6 +88,10 @@ async def _serve(
     async with asyncio.TaskGroup() as tasks:
         manager = Manager(environment, tasks)
         server = Server(manager, listener, group, readers)
+        # Modules and classes are there for ever: the collector need not look through them each time. It then collects
+        # all the more often what detached volumes leave, because it compares that with what it has seen to stay.
+        gc.collect()
+        gc.freeze()
         await manager.start()
         server.start()
         provider = ProviderServer(manager, layout)
