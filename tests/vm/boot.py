@@ -148,7 +148,9 @@ def before(plan: Plan) -> None:
             text = "".join(f"{key} = '{value}'\n" for key, value in {"source": source, **wishes}.items())
             write(Path(daemon.layout.volume_files, f"{name}.toml"), text)
         if volume.in_fstab:
-            fstab += f"/dev/storaged/{name} /mnt/{name} ext4 _netdev,x-systemd.requires={waiter(name)} 0 2\n"
+            # systemd's 90 seconds for a device begin with the boot, and an emulated one is slow.
+            options = f"_netdev,x-systemd.requires={waiter(name)},x-systemd.device-timeout=300"
+            fstab += f"/dev/storaged/{name} /mnt/{name} ext4 {options} 0 2\n"
     write(Path(daemon.layout.volume_files, f"{NEVER}.toml"), f"source = '{PLACE}/none'\n")
     fstab += f"/dev/storaged/{NEVER} /mnt/{NEVER} ext4 _netdev,nofail,x-systemd.requires={waiter(NEVER)} 0 2\n"
     write(Path("/etc/fstab"), fstab)
