@@ -159,7 +159,8 @@ def _latencies(lines: Sequence[Line]) -> Plot:
         parts.append(f'<g transform="translate({x} {y})">{_panel(job, ways)}</g>')
     height = 28 + math.ceil(len(by_job) / _IN_A_ROW) * _PANEL_HEIGHT
     about = (
-        "How long requests took: so many percent of them not longer. Both scales are logarithmic; medians of the rounds."
+        "How long requests took: so many percent of them not longer. Both scales are logarithmic. Medians of the"
+        " rounds."
     )
     return Plot("Latency", about, height, "".join(parts))
 

@@ -48,17 +48,23 @@ def direct(format: str, node: Node, engines: Collection[str]) -> Direct:
         )
     driver = str(node["driver"])
     if driver in ("file", "host_device"):
+        _refuse_unknown(node, frozenset({"filename"}), "for files")
         return _local(node, engines)
     if driver not in _REMOTE:
         raise NoDirect(f"fio has no engine for {driver}")
     engine, known, make = _REMOTE[driver]
-    for member in node:
-        if member not in known and member not in _OF_ALL:
-            raise NoDirect(f"fio's engine {engine} cannot be told {member}")
+    _refuse_unknown(node, known, engine)
     found = make(node)
     if engine not in engines:
         raise NoDirect(f"this fio has no engine {engine}")
     return found
+
+
+def _refuse_unknown(node: Node, known: frozenset[str], engine: str) -> None:
+    """What would be left out in silence could be what tells this disk from another."""
+    for member in node:
+        if member not in known and member not in _OF_ALL:
+            raise NoDirect(f"fio's engine {engine} cannot be told {member}")
 
 
 def _local(node: Node, engines: Collection[str]) -> Direct:

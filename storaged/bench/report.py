@@ -170,7 +170,8 @@ def _line(job: JobFacts, way: str, runs: dict[int, Run], others: dict[int, Run])
     sides = [[figure_of(side[number], job) for number in both] for side in (runs, others)]
     return Line(
         job=job, way=way, figure=ours.mean([figure_of(runs[number], job) for number in rounds]),
-        ratio=ours.paired(sides[0], sides[1]) if both else None, latency=_medians([runs[number].latency for number in rounds]),
+        ratio=ours.paired(sides[0], sides[1]) if both else None,
+        latency=_medians([runs[number].latency for number in rounds]),
         cpu=_medians([
             {who: 1e6 * seconds / run.requests for who, seconds in run.cpu.items()}
             for run in runs.values() if run.requests

@@ -22,6 +22,7 @@ _T = (
     2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423,
 )
 _NORMAL = 1.959964
+_WILD = 10
 
 
 def student(freedom: float) -> float:
@@ -56,9 +57,11 @@ class Estimate:
 
     @property
     def times(self) -> str:
-        """The ratio with its interval, as text."""
+        """The ratio with its interval, as text; an interval of several powers of ten says no more than that."""
         if self.low is None or self.high is None:
             return f"{self.value:.2f}"
+        if self.high > _WILD * self.value:
+            return f"{self.value:.2f} (anything)"
         return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
