@@ -16,12 +16,13 @@ from storaged.backends.base import NetworkBackend
 from storaged.bench import facts, measure, process, report, scratch
 from storaged.bench.engines import NoDirect
 from storaged.bench.fio import Leave, words
-from storaged.bench.jobs import Job, JobSet
+from storaged.bench.jobs import SETS, Job, JobSet
 from storaged.bench.measure import Found, Plan
 from storaged.bench.process import Fio
 from storaged.bench.report import JobFacts, Report, WayFacts
 from storaged.bench.ways import Shop, Subject, Way
 from storaged.errors import ErrorCode, StoragedError
+from storaged.host import imagelock
 from storaged.images import operand
 from storaged.images.operand import Wish
 from storaged.images.workspace import workspace
@@ -138,8 +139,9 @@ class Session:
             )
         may_write = request.destructive or request.scratch is not None
         writers = [job for job in self.jobs if job.writes]
+        is_own = request.job_set.name not in SETS
         if writers and not may_write:
-            if request.job_set.name not in ("quick", "full"):
+            if is_own:
                 raise StoragedError(
                     ErrorCode.INVALID_ARGUMENT, f"the job {writers[0].name!r} writes",
                     cause="nobody said that data may be overwritten",
@@ -150,7 +152,7 @@ class Session:
                 f"The {len(writers)} jobs that write were left out: --destructive overwrites the source, --scratch SIZE"
                 " makes an image of its own."
             )
-        for job in self.jobs:
+        for job in self.jobs if is_own else ():
             leave = Leave.DESTRUCTIVE if may_write else None
             wrong = process.check_words(self.fio, words(job, ["--ioengine=null", "--size=1G"], 1, leave))
             if wrong:
@@ -167,28 +169,35 @@ class Session:
         if request.scratch is not None:
             for left in scratch.leftovers(shop, request.source):
                 self.display.note(left)
-            path = stack.enter_context(
+            made = stack.enter_context(
                 scratch.image(shop, request.source, request.scratch, request.format or Format.RAW, self.display.tell)
             )
-            request, leave = _replaced(request, path), Leave.OWN
+            request, leave = _replaced(request, made), Leave.OWN
         elif any(job.writes for job in self.jobs):
             leave = Leave.DESTRUCTIVE
         if needs_daemon:
             for left in shop.leftovers():
                 self.display.note(left)
-            volume = self._volume(shop) if request.scratch is None else None
-            if volume is not None:
-                return self._ways_of_volume(shop, volume, leave), leave
-        return self._ways_of_source(shop, self._subject(request, leave)), leave
+        if request.scratch is None and (volume := self._volume(shop, needs_daemon)) is not None:
+            return self._ways_of_volume(shop, volume, leave), leave
+        subject = self._subject(request, leave)
+        path = subject.one.local_path
+        if path is not None and leave is None and os.path.exists(path):
+            # QEMU lets others write to a raw image that it only reads: so nobody does, as long as it is measured.
+            stack.callback(os.close, imagelock.take(path, write=False))
+        return self._ways_of_source(shop, subject), leave
 
-    def _volume(self, shop: Shop) -> dict[str, Any] | None:
+    def _volume(self, shop: Shop, needs_daemon: bool) -> dict[str, Any] | None:
         """Return the attached volume of that name, if there is one. Raises INVALID_ARGUMENT where it may be a file."""
         name = self.request.name
         try:
             check_name(name)
-        except StoragedError:
-            return None
-        volumes: dict[str, dict[str, Any]] = {one["name"]: one for one in shop.call("List")["volumes"]}
+            listed = shop.call("List")["volumes"]
+        except StoragedError as error:
+            if error.code is ErrorCode.INVALID_NAME or not needs_daemon:
+                return None
+            raise
+        volumes: dict[str, dict[str, Any]] = {one["name"]: one for one in listed}
         if name in volumes and os.path.lexists(name):
             raise StoragedError(
                 ErrorCode.INVALID_ARGUMENT, f"{name} is a volume, and a file here", hint=f"write ./{name} for the file"

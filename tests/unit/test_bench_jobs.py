@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from storaged.bench.fio import Leave, engines_of, measured, version_of, words
 from storaged.bench.jobs import SETS, Job, check_size, jobs_of_file
+from storaged.bench.process import Fio, check_words
 from storaged.errors import ErrorCode, StoragedError
 
 ALL = [job for one in SETS.values() for job in one.jobs]
@@ -162,3 +164,12 @@ def test_versions_and_engines_are_read_as_fio_prints_them() -> None:
     assert version_of("fio-3.36-31-gabcd") == (3, 36)
     assert version_of("no such thing") is None
     assert engines_of("Available IO engines:\n\tcpuio\n\tlibaio\n") == {"cpuio", "libaio"}
+
+
+@pytest.mark.parametrize("job", ALL, ids=lambda job: job.name)
+def test_fio_takes_the_usual_jobs_as_they_are_told(job: Job) -> None:
+    program = shutil.which("fio")
+    assert program is not None
+    fio = Fio(program, "", frozenset())
+    assert check_words(fio, words(job, ["--ioengine=null", "--size=1G"], 1, Leave.OWN)) == ""
+    assert "rw=none" in check_words(fio, words(Job("x", {"rw": "read", "bs": "4k"}), ["--rw=none"], 1, Leave.OWN))
