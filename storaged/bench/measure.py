@@ -22,8 +22,10 @@ from storaged.errors import ErrorCode, StoragedError
 
 #: Before anything counts: devices get several times as fast in their first second.
 WARM_UP = Job("warming up", {"rw": "randread", "bs": "4k", "iodepth": "16"})
-#: Seconds of it at most, and what a way takes beyond its jobs, about.
-_WARM, _SET_UP = 1.0, 0.7
+#: Seconds of it at most; who measures for less than the second only tries the benchmark itself.
+_WARM, _WORTH_WARMING = 1.0, 0.5
+#: Seconds that a way takes beyond its jobs, about.
+_SET_UP = 0.7
 #: Seconds that fio takes to start, and to end, about.
 _START = 0.4
 
@@ -96,8 +98,9 @@ def measure(plan: Plan, run: Runner, found: Found, tell: Callable[[str, float], 
             found.ways.setdefault(way.name, WayFacts(
                 name=way.name, what=target.what, volume=dict(target.volume), queue=dict(target.queue)
             ))
-            with contextlib.suppress(StoragedError, ValueError):  # it fails with the first job, too, which tells
-                run(WARM_UP, target, min(_WARM, plan.runtime), None)
+            if plan.runtime >= _WORTH_WARMING:
+                with contextlib.suppress(StoragedError, ValueError):  # it fails with the first job, too, which tells
+                    run(WARM_UP, target, min(_WARM, plan.runtime), None)
             for job in plan.jobs:
                 tell(f"round {number + 1} of {plan.rounds}, {way.name}: {job.name}", 100 * done / count)
                 found.runs.append(_one(run, job, target, plan, number, way.name))

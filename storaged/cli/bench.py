@@ -123,7 +123,7 @@ def run(args: argparse.Namespace, layout: Layout, command: str) -> int:
     from storaged.bench.session import Display, Session
     from storaged.host.configfiles import load_config
 
-    for path in (args.json_file, args.html_file, args.svg_file):
+    for path in filter(None, (args.json_file, args.html_file, args.svg_file)):
         _refuse_unwritable(path)
     request = _request(args)
     bar = progress.Bar("bench")
@@ -194,10 +194,10 @@ def _read(path: str) -> bytes:
         ) from error
 
 
-def _refuse_unwritable(path: str | None) -> None:
+def _refuse_unwritable(path: str) -> None:
     """Before it is measured for half an hour."""
-    directory = os.path.dirname(absolute(path)) if path else "/"
-    if not os.path.isdir(directory) or not os.access(directory, os.W_OK) or (path and os.path.isdir(path)):
+    directory = os.path.dirname(absolute(path))
+    if not os.path.isdir(directory) or not os.access(directory, os.W_OK) or os.path.isdir(path):
         raise StoragedError(
             ErrorCode.INVALID_ARGUMENT, f"{path} cannot be written",
             cause=f"{directory} is no directory that files can be made in", hint="name another file",

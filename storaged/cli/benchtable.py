@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from storaged.bench.report import (
     CONSUMERS,
@@ -17,19 +16,24 @@ from storaged.bench.report import (
 from storaged.bench.shown import UNTOLD, consumption, figure, latency, number, ratio, spread
 from storaged.cli.render import clean, terminal_width
 
+#: Left out where the terminal is too narrow, in this order; the page and the JSON have them.
+_EXPENDABLE = ("CPU/IO", "P99.9", "P50", "±", "P99")
 
-def table(report: Report) -> str:
-    """Return the figures of a report, what they were measured on, and what has to be known beside them."""
+
+def table(report: Report, width: int | None = None) -> str:
+    """Return the figures of a report, what they were measured on, and what has to be known beside them.
+
+    It is as wide as ``width`` columns at most, by default the terminal's.
+    """
     found, against = lines(report), reference(report)
-    percentiles = [f"P{key}" for key in SHOWN_PERCENTILES]
-    grid = _grid("JOB", "WAY", "FIGURE", "±", f"OF {against.upper()}", *percentiles, "CPU/IO")
-    last = ""
+    rows, last = [], ""
     for line in found:
-        cells = [*(latency(line.latency.get(key)) for key in SHOWN_PERCENTILES), consumption(line.cpu)]
-        grid.add_row(
-            clean(line.job.name) if line.job.name != last else "", line.way, figure(line), spread(line.figure),
-            ratio(line.ratio) if line.way != against else "1", *cells,
-        )
+        rows.append({
+            "JOB": clean(line.job.name) if line.job.name != last else "", "WAY": clean(line.way),
+            "FIGURE": figure(line), "±": spread(line.figure),
+            f"OF {against.upper()}": ratio(line.ratio) if line.way != against else "1",
+            **{f"P{key}": latency(line.latency.get(key)) for key in SHOWN_PERCENTILES}, "CPU/IO": consumption(line.cpu),
+        })
         last = line.job.name
     notes = [f"{way.name}: {clean(way.what) or f'not measured: {clean(way.missing)}'}" for way in report.ways]
     notes += [clean(note) for note in report.notes]
@@ -44,39 +48,42 @@ def table(report: Report) -> str:
         f"±: interval of 95 % of {report.repeat} rounds of {report.runtime:g} s; P: latency of a request (of the flush "
         f"where each write is flushed); CPU/IO: µs of a processor for each request, {' + '.join(CONSUMERS)}"
     )
-    return "\n".join([_drawn(grid), "", legend, *notes])
+    return "\n".join([_drawn(rows, terminal_width() if width is None else width), "", legend, *notes])
 
 
-def comparison(changes: Sequence[Change], differences: Sequence[str]) -> str:
+def comparison(changes: Sequence[Change], differences: Sequence[str], width: int | None = None) -> str:
     """Return what changed from one report to another."""
-    grid = _grid("JOB", "WAY", "BEFORE", "±", "AFTER", "±", "AFTER OF BEFORE")
-    last = ""
+    rows, last = [], ""
     for change in changes:
-        grid.add_row(
-            clean(change.job) if change.job != last else "", clean(change.way),
-            f"{number(change.before.value)} {change.unit}", spread(change.before),
-            f"{number(change.after.value)} {change.unit}", spread(change.after), ratio(change.ratio),
-        )
+        rows.append({
+            "JOB": clean(change.job) if change.job != last else "", "WAY": clean(change.way),
+            "BEFORE": f"{number(change.before.value)} {change.unit}",
+            "AFTER": f"{number(change.after.value)} {change.unit}", "AFTER OF BEFORE": ratio(change.ratio),
+        })
         last = change.job
     notes = [f"not the same: {clean(difference)}" for difference in differences]
     if any(not change.ratio.tells_a_difference for change in changes):
         notes.append(UNTOLD)
-    return "\n".join([_drawn(grid), "", *notes]).rstrip()
+    return "\n".join([_drawn(rows, terminal_width() if width is None else width), "", *notes]).rstrip()
 
 
-def _grid(*titles: str) -> Any:
+def _drawn(rows: Sequence[Mapping[str, str]], width: int) -> str:
+    """Draw the rows under their titles. What does not fit is left out, and never cut in the middle of a figure."""
+    from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Table
 
-    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
-    for place, title in enumerate(titles):
-        grid.add_column(title, justify="left" if place < 2 else "right", no_wrap=place > 0, overflow="fold")
-    return grid
-
-
-def _drawn(grid: Any) -> str:
-    from rich.console import Console
-
-    console = Console(width=terminal_width(), highlight=False, markup=False, force_terminal=False)
+    titles = list(rows[0]) if rows else []
+    console = Console(width=100_000, highlight=False, markup=False, force_terminal=False)
+    for expendable in (None, *_EXPENDABLE):
+        titles = [title for title in titles if title != expendable]
+        grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
+        for place, title in enumerate(titles):
+            grid.add_column(title, justify="left" if place < 2 else "right", no_wrap=True)
+        for row in rows:
+            grid.add_row(*(row[title] for title in titles))
+        if Measurement.get(console, console.options, grid).maximum <= width:
+            break
     with console.capture() as capture:
         console.print(grid)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())

@@ -471,7 +471,7 @@ def test_reports_are_compared(daemon: Daemon, place: Path, disk: Path) -> None:
 
 #: Requests of 4096 bytes a second: few, so that no other load of the machine keeps anybody from them. Seconds.
 LIMIT, BURST = 500, 0.1
-DEPTH, SECONDS, ROUNDS = 4, 0.6, 4
+DEPTH, SECONDS, ROUNDS = 4, 0.6, 3
 
 
 @pytest.fixture

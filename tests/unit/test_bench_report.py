@@ -75,6 +75,17 @@ def test_what_failed_and_that_not_all_was_measured_is_told() -> None:
     assert "PARTIAL: not all was measured: interrupted" in text
 
 
+@pytest.mark.parametrize("width", [70, 80, 100, 200])
+def test_on_a_narrow_terminal_columns_are_left_out_and_no_figure_is_cut(width: int) -> None:
+    rows = table(report(), width).split("\n\n")[0].splitlines()
+    assert len(rows) == 7
+    assert max(map(len, rows)) <= width
+    assert "…" not in "".join(rows)
+    assert all(word in rows[0] for word in ("JOB", "WAY", "FIGURE"))
+    assert ("CPU/IO" in rows[0]) is (width >= 100)
+    assert "0.78 (0.77 to 0.79)" in "".join(rows)
+
+
 def test_a_report_is_the_same_after_it_was_written_and_read() -> None:
     assert decoded(encoded(report()), "a.json") == report()
 
