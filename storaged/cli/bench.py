@@ -114,11 +114,15 @@ def run(args: argparse.Namespace, layout: Layout, command: str) -> int:
     """Do what was typed; return the exit status: 1 where something could not be measured."""
     if args.source == _COMPARE and args.reports:
         return _compare(args.reports)
-    if args.reports or args.source == _COMPARE:
+    if args.source == _COMPARE:
+        raise StoragedError(
+            ErrorCode.INVALID_ARGUMENT, "there is nothing to compare",
+            hint=f"storaged bench {_COMPARE} BEFORE.json AFTER.json; a file of that name is ./{_COMPARE}",
+        )
+    if args.reports:
         raise StoragedError(
             ErrorCode.INVALID_ARGUMENT, "one source is measured at a time",
-            cause=f"{len(args.reports)} further arguments",
-            hint=f"storaged bench {_COMPARE} A.json B.json compares two reports; a file of that name is ./{_COMPARE}",
+            cause=f"there is more behind {args.source}: {' '.join(args.reports)}", hint="leave it out",
         )
     from storaged.bench.session import Display, Session
     from storaged.host.configfiles import load_config
@@ -180,17 +184,16 @@ def _job_set(name: str) -> JobSet:
 
     if name in SETS:
         return SETS[name]
-    return jobs_of_file(_read(name).decode(errors="replace"), name)
+    return jobs_of_file(_read(name, "--jobs takes quick, full, or a file").decode(errors="replace"), name)
 
 
-def _read(path: str) -> bytes:
+def _read(path: str, hint: str) -> bytes:
     try:
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:
         raise StoragedError(
-            ErrorCode.INVALID_ARGUMENT, f"cannot read {path}", cause=error.strerror or str(error),
-            hint="--jobs takes quick, full, or a file" if error.filename == path else "",
+            ErrorCode.INVALID_ARGUMENT, f"cannot read {path}", cause=error.strerror or str(error), hint=hint,
         ) from error
 
 
@@ -233,7 +236,7 @@ def _compare(paths: list[str]) -> int:
             ErrorCode.INVALID_ARGUMENT, f"two reports are compared, and {len(paths)} are named",
             hint=f"storaged bench {_COMPARE} BEFORE.json AFTER.json",
         )
-    before, after = (decoded(_read(path), path) for path in paths)
+    before, after = (decoded(_read(path, "name what --json has written"), path) for path in paths)
     found = changes(before, after)
     if not found:
         raise StoragedError(
