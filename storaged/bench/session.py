@@ -123,7 +123,9 @@ class Session:
         )
         against = report.reference(made)
         if self.found.runs and against != report.DIRECT:
-            made.notes.append(f"There is no direct way: the ratios are to {against}, the fastest over all jobs.")
+            measured = {run.way for run in self.found.runs}
+            why = "The direct way has no figures" if report.DIRECT in measured else "There is no direct way"
+            made.notes.append(f"{why}: the ratios are to {against}, the fastest over all jobs.")
         return made
 
     # What is measured --------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from storaged.errors import ErrorCode, StoragedError
 from storaged.host import disk, imagelock
 from storaged.host.users import device_users, only_probes
 from storaged.images import operand
+from storaged.images.commands import virtual_size
 from storaged.images.operand import Operand
 from storaged.images.provide import provided
 from storaged.images.workspace import Workspace
@@ -118,15 +119,18 @@ class Shop:
             given = stack.enter_context(provided(
                 [one], self.place, self.layout, self.config, owner=f"storaged bench (pid {os.getpid()})"
             ))
-            size = one.opened.size
-            path = one.local_path
-            if path is not None:
+            size, words = one.opened.size, found.words
+            if one.local_path is not None:
                 # What was looked at and locked, whatever has its name by now.
                 node = given.nodes[one.spec.name]["file"]
                 stack.callback(os.close, imagelock.take(node["filename"], write=subject.leave is not None))
-                found = engines.direct(one.spec.format, node, known)
+                words = engines.direct(one.spec.format, node, known).words
+            else:
+                # Not every engine finds out by itself; and what is too small is to be told alike by all ways.
+                size = virtual_size(one, given)
+                words = (*words, f"--size={size}")
             yield Target(
-                words=found.words, size=size, what=f"fio's engine {found.engine}",
+                words=words, size=size, what=f"fio's engine {found.engine}",
                 environment={**given.environment, **found.environment}, inherited=given.inherited,
             )
 
