@@ -150,6 +150,12 @@ class Daemon:
         volume = self.show(name)
         return bool(volume["state"] == "online" and volume["qsd_pid"] not in (None, former))
 
+    def replace_qsd(self, name: str, timeout: float = 40) -> str:
+        """Kill a volume's qemu-storage-daemon and wait for its successor; return the device, which may be another."""
+        former = self.kill_qsd(name)
+        eventually(lambda: self.replaced(name, former), "a successor serves it", timeout)
+        return str(self.show(name)["device"])
+
     def online(self, name: str) -> bool:
         """Whether a volume is online."""
         return bool(self.show(name)["state"] == "online")
@@ -229,6 +235,11 @@ def luks_image(path: Path, key: Path) -> Path:
             return path
     run(*command)
     return path
+
+
+def size_of(device: str) -> int:
+    """The bytes of a block device, as the kernel has them."""
+    return int(run("blockdev", "--getsize64", device).stdout)
 
 
 @contextmanager

@@ -239,30 +239,11 @@ class Client:
         return StoragedError(code, message, volume=self._volume, cause=cause, hint=hint)
 
     def _translated(self, error: str, parameters: JSONObject) -> StoragedError:
-        """Turn a Varlink error into ours. The daemon may be newer than we are: tolerate what it says."""
-
-        def text(key: str) -> str:
-            value = parameters.get(key)
-            return value if isinstance(value, str) else ""
-
+        """Turn a Varlink error into ours."""
         if error.startswith(f"{INTERFACE}."):
-            users = parameters.get("users")
-            message = text("message") or f"the daemon answered {error}"
-            try:
-                code = ErrorCode(text("code"))
-            except ValueError:
-                code = ErrorCode.INTERNAL
-                if text("code"):
-                    message += f" (with the code {text('code')}, which this version does not know)"
-            return StoragedError(
-                code,
-                message,
-                volume=text("volume") or self._volume,
-                step=text("step"),
-                cause=text("cause"),
-                hint=text("hint"),
-                users=[str(user) for user in users] if isinstance(users, list) else (),
-            )
+            failure = failure_of(parameters, f"the daemon answered {error}")
+            failure.volume = failure.volume or self._volume
+            return failure
         if error == "org.varlink.service.PermissionDenied":
             return self._failure(
                 ErrorCode.PERMISSION_DENIED, "the daemon refuses to do this for you", "", "run this as root"
@@ -274,6 +255,30 @@ class Client:
             f"{error}{detail}",
             "command and daemon may be of different versions: systemctl restart storaged",
         )
+
+
+def failure_of(parameters: JSONObject, otherwise: str) -> StoragedError:
+    """Return the failure that the daemon tells of; ``otherwise`` is its message where it has none.
+
+    The daemon may be newer than we are: tolerate what it says.
+    """
+
+    def text(key: str) -> str:
+        value = parameters.get(key)
+        return value if isinstance(value, str) else ""
+
+    users = parameters.get("users")
+    message = text("message") or otherwise
+    try:
+        code = ErrorCode(text("code"))
+    except ValueError:
+        code = ErrorCode.INTERNAL
+        if text("code"):
+            message += f" (with the code {text('code')}, which this version does not know)"
+    return StoragedError(
+        code, message, volume=text("volume"), step=text("step"), cause=text("cause"), hint=text("hint"),
+        users=[str(user) for user in users] if isinstance(users, list) else (),
+    )
 
 
 def _connect(connection: socket.socket, path: str) -> None:
