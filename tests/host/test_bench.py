@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from storaged.__main__ import main
+from storaged.bench import process
 from storaged.bench.report import Report, decoded, lines
 from storaged.bench.statistics import unpaired
 from storaged.errors import ErrorCode, StoragedError
@@ -387,6 +388,22 @@ def test_a_job_that_fails_is_told_and_the_rest_is_measured(
     assert {(run.way, run.job) for run in report_of(place).runs if run.is_good} == {
         ("direct", "reads"), ("direct", "linear"), ("fuse", "reads"),
     }
+
+
+def test_a_fio_that_hangs_is_ended_and_the_other_ways_are_measured(
+    daemon: Daemon, place: Path, disk: Path, other_fio: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "PATIENCE", 6.0)
+    instead(other_fio, 'case "$*" in */dev/loop*) ;; *) false ;; esac', f"echo $$ >{place}/pid; sleep 1000")
+    done = bench(daemon, disk, *short(place, JOBS + JOBS.replace("reads", "more")))
+    assert done.status == 1, done
+    assert "failed: fuse, reads, round 1: fio does not end" in done.stdout
+    assert "fuse, more" not in done.stdout
+    assert {(run.way, run.job) for run in report_of(place).runs if run.is_good} == {
+        ("direct", "reads"), ("direct", "more"),
+    }
+    session = (place / "pid").read_text().strip()
+    assert run("ps", "-o", "pid=", "-s", session, check=False).stdout == ""
 
 
 def start(daemon: Daemon, *words: object) -> subprocess.Popen[str]:
