@@ -2,7 +2,7 @@
 # PYTEST_ARGS is handed to pytest: make test PYTEST_ARGS='-k vduse -x'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup servers demo test test-host test-vm test-vm-contract test-vm-system test-vm-bookworm test-faults vm-shell lint unit bench-attach bench-vm bench-recovery bench-metrics dkms deb bench-backends clean
+.PHONY: help setup servers demo test test-host test-vm test-vm-contract test-vm-system test-vm-bookworm test-faults vm-shell lint unit bench-attach bench-vm bench-recovery bench-memory bench-metrics dkms deb bench-backends clean
 # setup comes first in each list of prerequisites: never run them side by side.
 .NOTPARALLEL:
 
@@ -92,6 +92,9 @@ bench-recovery: setup ## how long I/O waits when QSD dies or is rescued, in the 
 	@scripts/vm run 'python bench/recovery.py --json /run/json pause:vduse pause:nbd \
 		rescue:vduse rescue:nbd all:vduse all:nbd >&2 && cat /run/json' >.cache/bench/recovery.json
 	$(VENV)/python bench/recovery.py calls:fuse all:fuse
+
+bench-memory: setup ## what memory the daemon needs with 500 volumes (root, 8 GiB)
+	$(VENV)/python bench/memory.py
 
 bench-metrics: setup ## how long a scrape of 500 volumes takes, and what it holds up (root)
 	$(VENV)/python bench/metrics.py --real 100
