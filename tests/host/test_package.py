@@ -45,10 +45,9 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_fresh_root_is_given_its_first_volume_an_upgrade_and_a_purge(package: Path) -> None:
     # What the package depends on comes from Debian's archive alone. Another Debian would need another package.
     codename = platform.freedesktop_os_release()["VERSION_CODENAME"]
-    with open(package, "rb") as file:
-        with tarfile.open(package.parent / "package.tar", "w") as archive:
-            member = archive.gettarinfo(fileobj=file, arcname=package.name)
-            archive.addfile(member, file)
+    with open(package, "rb") as file, tarfile.open(package.parent / "package.tar", "w") as archive:
+        member = archive.gettarinfo(fileobj=file, arcname=package.name)
+        archive.addfile(member, file)
     with open(package.parent / "package.tar", "rb") as archive_file:
         done = subprocess.run(
             [TOP / "scripts/in-fresh-root", codename, "scripts/try-deb", "--inside"], stdin=archive_file,
