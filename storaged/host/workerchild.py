@@ -1,7 +1,8 @@
 """The program of host/worker.py: makes calls into the kernel that may never return. The only importer of pyroute2.
 
 It runs by its path, apart from the package, and imports nothing of it: so it starts fast. Its descriptor 0 is a
-SOCK_SEQPACKET socket. Each packet is a question, in JSON, perhaps with descriptors, and gets one packet as an answer:
+SOCK_SEQPACKET socket, on which it says {"ready": true} once it has started. Each packet that comes is a question, in
+JSON, perhaps with descriptors, and gets one packet as an answer:
 
     {"netlink": [FAMILY, COMMAND, ATTRIBUTES]}   {"result": [[COMMAND, ATTRIBUTES], ...]}
     {"family": FAMILY}                           {"result": whether the kernel has it}
@@ -52,6 +53,7 @@ class Calls:
             problem = ""
         except ImportError as error:
             problem = str(error)
+        self.say({"ready": True})
         while True:
             question, descriptors = self.questions.get()
             try:
