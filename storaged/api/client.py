@@ -32,6 +32,10 @@ _CONNECT_TIMEOUT = 10
 JSONObject = dict[str, Any]
 
 
+class _Lost(StoragedError):
+    """A daemon had the connection, and went away before it answered."""
+
+
 class Client:
     """One connection to the daemon, made at the first request. One request at a time.
 
@@ -74,9 +78,18 @@ class Client:
 
         ``method`` without an interface is one of io.storaged. Raises StoragedError: what the daemon said,
         DAEMON_UNREACHABLE, PERMISSION_DENIED, or TIMEOUT when nothing came within ``timeout`` seconds.
+        A question is asked once more where the daemon went away with it: what systemd's socket has not handed out yet
+        waits for the next daemon, but the one that ends takes along what it had accepted.
         """
+        begin = time.monotonic()
+        try:
+            self.send(method, parameters)
+            return self.receive(timeout)[0]
+        except _Lost:
+            if not self._only_asks():
+                raise
         self.send(method, parameters)
-        return self.receive(timeout)[0]
+        return self.receive(None if timeout is None else max(0.0, round(begin + timeout - time.monotonic(), 1)))[0]
 
     def stream(self, method: str, parameters: JSONObject | None = None) -> Iterator[JSONObject]:
         """Ask for a stream and yield the parameters of each answer, until the daemon ends it."""
@@ -203,16 +216,15 @@ class Client:
         cause = "the daemon closed the connection before it answered"
         if error is not None and not isinstance(error, BrokenPipeError | ConnectionResetError):
             cause = f"the connection to the daemon broke: {error.strerror}"
-        if not self._method.startswith(f"{INTERFACE}.") or self._method in _READ_ONLY:
-            return self._failure(
-                ErrorCode.DAEMON_UNREACHABLE,
-                "the daemon went away",
-                cause,
-                "try again; if it stays away, look at its log: journalctl -u storaged",
-            )
-        return self._failure(
-            ErrorCode.DAEMON_UNREACHABLE, "the outcome is unknown", cause, f"look with: {self._look()}"
-        )
+        message, hint = "the outcome is unknown", f"look with: {self._look()}"
+        if self._only_asks():
+            message = "the daemon went away"
+            hint = "try again; if it stays away, look at its log: journalctl -u storaged"
+        return _Lost(ErrorCode.DAEMON_UNREACHABLE, message, volume=self._volume, cause=cause, hint=hint)
+
+    def _only_asks(self) -> bool:
+        """Whether the request changes nothing."""
+        return not self._method.startswith(f"{INTERFACE}.") or self._method in _READ_ONLY
 
     def _late(self, timeout: float) -> StoragedError:
         hint = "look at the daemon's log: journalctl -u storaged"
