@@ -79,7 +79,8 @@ def test_all_ways_are_measured_in_turns_with_all_that_is_to_be_known_and_nothing
     daemon: Daemon, place: Path, disk: Path
 ) -> None:
     before = digest(disk)
-    done = bench(daemon, disk, *short(place, rounds=2), "--html", place / "r.html", "--svg", place / "r.svg")
+    words = short(place, seconds=0.4, rounds=2)
+    done = bench(daemon, disk, *words, "--html", place / "r.html", "--svg", place / "r.svg")
     assert done.status == 0, done
     assert digest(disk) == before
     assert nothing_of_bench(daemon)
@@ -102,10 +103,12 @@ def test_all_ways_are_measured_in_turns_with_all_that_is_to_be_known_and_nothing
         assert one.is_good
         assert one.fio["job options"]["rw"] == "randread"
         assert {"50", "99", "99.9"} <= one.latency.keys()
-        assert one.cpu["fio"] > 0
+        assert {"fio", "host"} <= one.cpu.keys()
         assert ("qsd" in one.cpu) == (one.way == "fuse")
         assert ("daemon" in one.cpu) == (one.way == "fuse")
+    # The kernel may count by its ticks: a single short run may have none.
     assert sum(one.cpu["qsd"] for one in found.runs if one.way == "fuse") > 0
+    assert sum(one.cpu["fio"] for one in found.runs) > 0
 
 
 def test_what_writes_is_left_out_of_the_usual_jobs_and_refused_of_a_file(daemon: Daemon, place: Path) -> None:
