@@ -2,7 +2,7 @@
 # PYTEST_ARGS is handed to pytest: make test PYTEST_ARGS='-k vduse -x'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup servers demo test test-host test-vm test-vm-contract test-vm-system test-vm-bookworm test-faults fuzz vm-shell lint unit bench-attach bench-vm bench-recovery bench-memory bench-metrics dkms deb deb-machines bench-backends clean
+.PHONY: help setup servers demo test test-host test-vm test-vm-contract test-vm-system test-vm-bookworm test-vm-boot test-boot test-faults fuzz vm-shell lint unit bench-attach bench-vm bench-recovery bench-memory bench-metrics dkms deb deb-machines bench-backends clean
 # setup comes first in each list of prerequisites: never run them side by side.
 .NOTPARALLEL:
 
@@ -53,6 +53,7 @@ test-host: servers lint ## lint and the tests that run on this machine (root)
 test-vm: setup ## the tests that need the test machine, in it (root)
 	@scripts/vm test $(VM_TESTS) $(PYTEST_ARGS)
 	@scripts/power-cut --machine $(MACHINE)
+	@scripts/reboot-test --machine $(MACHINE) --short --volumes 4
 
 # The same in two machines, for CI: one waits more than half of the time, so that two side by side take little longer
 # than the longer of them. Each leaves its logs in a directory of its own.
@@ -62,6 +63,13 @@ test-vm-system: setup
 
 test-vm-contract: setup
 	@scripts/vm --logs last-contract test $(VM_CONTRACT) $(PYTEST_ARGS)
+
+test-vm-boot: setup
+	@scripts/reboot-test --machine $(MACHINE) --logs last-boot --short --volumes 4
+
+test-boot: setup ## reboot and switch off with mounted volumes and dead servers, Debian 13 and 12 (root)
+	@scripts/reboot-test --machine trixie --logs last-boot
+	@scripts/reboot-test --machine bookworm --logs last-boot-bookworm
 
 # Each fault with each transport, use and queue depth; CI runs a part of them within test-vm. A machine for each
 # transport: what one of them does to its kernel is not the other's. The table is written whatever has failed.

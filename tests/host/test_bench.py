@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import json
 import os
 import signal
@@ -15,36 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from storaged.__main__ import main
-from storaged.bench.report import Report, decoded, lines
+from storaged.bench import process
+from storaged.bench.report import lines
 from storaged.bench.statistics import unpaired
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import imagelock
-from tests.harness import Daemon, Printed, eventually, image, leftovers, mounted, run
+from tests.benching import JOBS, WRITES, bench, report_of, short
+from tests.harness import Daemon, eventually, image, leftovers, mounted, run
 
 MIB = 1 << 20
-#: Short, small, and of both kinds.
-JOBS = "[reads]\nrw=randread\nbs=4k\niodepth=4\n"
-WRITES = f"{JOBS}[writes]\nrw=randwrite\nbs=4k\nfsync=1\n"
-
-
-def bench(daemon: Daemon, *words: object) -> Printed:
-    """``storaged --root ROOT bench WORDS`` in this process."""
-    out, errors = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-        status = main(["--root", str(daemon.root), "bench", *map(str, words)])
-    return Printed(status, out.getvalue(), errors.getvalue())
-
-
-def short(place: Path, jobs: str = JOBS, seconds: float = 0.1, rounds: int = 1) -> list[object]:
-    """The words for a short run with these jobs, whose report goes to ``place``/report.json."""
-    (place / "jobs.fio").write_text(jobs)
-    return ["--jobs", place / "jobs.fio", "--runtime", seconds, "--repeat", rounds, "--json", place / "report.json"]
-
-
-def report_of(place: Path) -> Report:
-    """What was written."""
-    return decoded((place / "report.json").read_bytes(), "report.json")
 
 
 def refused(daemon: Daemon, code: ErrorCode, *words: object) -> str:
@@ -387,6 +364,26 @@ def test_a_job_that_fails_is_told_and_the_rest_is_measured(
     assert {(run.way, run.job) for run in report_of(place).runs if run.is_good} == {
         ("direct", "reads"), ("direct", "linear"), ("fuse", "reads"),
     }
+
+
+def test_a_fio_that_hangs_is_ended_and_the_other_ways_are_measured(
+    daemon: Daemon, place: Path, disk: Path, other_fio: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "PATIENCE", 4.0)
+    instead(other_fio, 'case "$*" in */dev/loop*) ;; *) false ;; esac', f"echo $$ >{place}/pid; sleep 1000")
+    done = bench(daemon, disk, *short(place, JOBS + JOBS.replace("reads", "more")))
+    assert done.status == 1, done
+    assert "failed: fuse, reads, round 1: fio does not end" in done.stdout
+    assert "fuse, more" not in done.stdout
+    assert {(run.way, run.job) for run in report_of(place).runs if run.is_good} == {
+        ("direct", "reads"), ("direct", "more"),
+    }
+    session = (place / "pid").read_text().strip()
+
+    def states() -> list[str]:
+        return run("ps", "-o", "stat=", "-s", session, check=False).stdout.split()
+
+    eventually(lambda: all(state.startswith("Z") for state in states()), "what fio has started is ended, too")
 
 
 def start(daemon: Daemon, *words: object) -> subprocess.Popen[str]:
