@@ -74,8 +74,9 @@ def order(rounds: int, ways: Sequence[Way]) -> Iterator[tuple[int, Way]]:
 def measure(plan: Plan, run: Runner, found: Found, tell: Callable[[str, float], None]) -> None:
     """Measure, and add to ``found`` what came of it as soon as it did.
 
-    A job that fails is kept as a failure, and the rest goes on. Raises StoragedError where a way cannot be set up that
-    is not optional, and what setting up any of them raises; the disk is too small.
+    A job that fails is kept as a failure, and the rest goes on; after one that hangs, with the next way. Raises
+    StoragedError where a way cannot be set up that is not optional, and what setting up any of them raises; the disk
+    is too small.
     """
     done, count = 0, plan.rounds * len(plan.ways) * len(plan.jobs)
     for number, way in order(plan.rounds, plan.ways):
@@ -103,24 +104,30 @@ def measure(plan: Plan, run: Runner, found: Found, tell: Callable[[str, float], 
                     run(WARM_UP, target, min(_WARM, plan.runtime), None)
             for job in plan.jobs:
                 tell(f"round {number + 1} of {plan.rounds}, {way.name}: {job.name}", 100 * done / count)
-                found.runs.append(_one(run, job, target, plan, number, way.name))
+                one, hangs = _one(run, job, target, plan, number, way.name)
+                found.runs.append(one)
                 done += 1
+                if hangs:
+                    # The next job would wait as long.
+                    done += len(plan.jobs) - 1 - plan.jobs.index(job)
+                    break
     tell("done", 100.0)
 
 
-def _one(run: Runner, job: Job, target: Target, plan: Plan, number: int, way: str) -> Run:
+def _one(run: Runner, job: Job, target: Target, plan: Plan, number: int, way: str) -> tuple[Run, bool]:
+    """Return what came of a job, and whether it hangs."""
     blank = Run(round=number, way=way, job=job.name, began=time.time(), load=os.getloadavg()[0])
     if not target.is_still_there():
-        return replace(blank, error="the device is another one by now: what served it died")
+        return replace(blank, error="the device is another one by now: what served it died"), False
     try:
         done = run(job, target, plan.runtime, plan.leave)
     except StoragedError as error:
         if error.code is ErrorCode.HOST_STUCK:
             raise
-        return replace(blank, error=str(error))
+        return replace(blank, error=str(error)), error.code is ErrorCode.TIMEOUT
     except ValueError as error:
-        return replace(blank, error=str(error))
-    return replace(done, round=number, way=way, began=blank.began, load=blank.load)
+        return replace(blank, error=str(error)), False
+    return replace(done, round=number, way=way, began=blank.began, load=blank.load), False
 
 
 def runner(fio: Fio, cwd: str) -> Runner:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -129,7 +131,8 @@ def run(
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    child.kill()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
     try:
         child.wait(_QUICK)
     except subprocess.TimeoutExpired:

@@ -254,11 +254,10 @@ def _interruptible() -> Iterator[None]:
     interrupted = threading.Event()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        if interrupted.is_set():
-            render.note("storaged: everything is being taken down")
-            return
-        interrupted.set()
-        raise KeyboardInterrupt
+        render.note("storaged: interrupted; everything is being taken down")
+        if not interrupted.is_set():
+            interrupted.set()
+            raise KeyboardInterrupt
 
     before = {
         number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -104,6 +104,20 @@ def test_a_job_that_fails_is_kept_as_a_failure_and_the_rest_goes_on() -> None:
     assert stage.seen[-1] == "down b"
 
 
+def test_after_a_job_that_hangs_the_way_is_taken_down_and_the_next_is_measured() -> None:
+    stage = Stage()
+
+    def hang(way: str, job: Job) -> None:
+        if way == "a" and job is READ:
+            raise StoragedError(ErrorCode.TIMEOUT, "fio does not end")
+
+    stage.on_run = hang
+    found = stage.measure(plan(stage.way("a"), stage.way("b"), jobs=(READ, WRITE), rounds=1, leave=Leave.OWN))
+    assert [(run.way, run.job, run.error) for run in found.runs] == [
+        ("a", "read", "fio does not end"), ("b", "read", ""), ("b", "write", ""),
+    ]
+
+
 def test_a_result_that_cannot_be_read_is_a_failure_too() -> None:
     stage = Stage()
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 
 from storaged.__main__ import main
 from storaged.bench.jobs import SETS
-from storaged.cli.bench import _request
+from storaged.cli.bench import _interruptible, _request
 from storaged.cli.parser import build_parser
 from tests.unit.bench_reports import report
 
@@ -65,3 +66,20 @@ def test_nothing_writes_unless_it_is_said_in_full() -> None:
     assert _request(parser.parse_args(["bench", "/x", "--destructive"])).destructive
     with pytest.raises(SystemExit):
         parser.parse_args(["bench", "/x", "--dest"])
+
+
+def test_a_second_signal_does_not_interrupt_the_cleaning_up(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGINT)
+
+    def work() -> None:
+        with _interruptible():
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            finally:
+                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                    signal.raise_signal(number)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert capsys.readouterr().err.count("everything is being taken down") == 4
+    assert signal.getsignal(signal.SIGINT) is before
