@@ -15,6 +15,7 @@ from storaged.backends.base import NetworkDefaults, Node
 from storaged.backends.cache import cache_flags
 from storaged.backends.uri import bare_host, escaped, host_of, refuse, same_host, unescaped
 from storaged.errors import ErrorCode, StoragedError
+from storaged.model.powers import Powers
 
 #: MNTPATHLEN in RFC 1813: of a path that a server is asked to mount, in bytes.
 _LONGEST_PATH = 1024
@@ -124,6 +125,10 @@ class NfsBackend(NetworkDefaults):
             "discard": "unmap",
             "cache": cache_flags(options),
         }
+
+    def powers(self, location: str, options: Mapping[str, str]) -> Powers:
+        """Some servers insist on a low port."""
+        return Powers(capabilities=frozenset({"NET_BIND_SERVICE"}))
 
     def identity(self, location: str, real_path: Callable[[str], str]) -> str:
         """Server and path; who asks, and how, does not matter."""

@@ -56,6 +56,8 @@ class Opening:
     """What is told of each of ``images``; their sizes are not known yet."""
     rest: Reference | None = None
     """What names the next image, where the chain goes on behind a server."""
+    paths: tuple[tuple[str, bool], ...] = ()
+    """The files and block devices of this host that QSD opens, and whether each is written to."""
     extents: int = 0
     """How many nodes QEMU makes by itself beyond those that it is told: the extents of vmdk."""
 
@@ -183,6 +185,7 @@ def of_this_host(chain: Sequence[ImageFile], spec: VolumeSpec, *, written: int, 
             )
             for image in chain
         ),
+        paths=tuple((file.path, exclusive) for file, exclusive in files),
         extents=sum(len(image.extents) for image in chain),
         size=chain[0].virtual_size if spec.format is Format.RAW else None,
     )

@@ -1,0 +1,39 @@
+"""What a qemu-storage-daemon needs of the host beyond its own directory, as its transport and its backend say. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Powers:
+    """All else is taken from it, where the kernel can do that."""
+
+    capabilities: frozenset[str] = frozenset()
+    """By their names without CAP_."""
+    root: str = ""
+    """Why it has to be root, as the end of a sentence; empty where any user will do."""
+    mounts: bool = False
+    """It mounts a filesystem, which Landlock forbids altogether."""
+    reads: tuple[str, ...] = ()
+    """Files, and directories with all below, that it may read."""
+    uses: tuple[str, ...] = ()
+    """Files, and directories with all below, that it may read and write: devices."""
+    sockets: tuple[str, ...] = ()
+    """Directories in which it makes unix sockets."""
+    files: tuple[tuple[str, bool], ...] = ()
+    """What it could not do without: path, and whether it is written to (or connected to)."""
+    connects_unix: bool = False
+    """To unix sockets of others."""
+
+    def and_of(self, other: Powers) -> Powers:
+        """Return what both need together."""
+        return Powers(
+            capabilities=self.capabilities | other.capabilities, root=self.root or other.root,
+            mounts=self.mounts or other.mounts, reads=self.reads + other.reads, uses=self.uses + other.uses,
+            sockets=self.sockets + other.sockets, files=self.files + other.files,
+            connects_unix=self.connects_unix or other.connects_unix,
+        )
+
+
+NO_POWERS = Powers()
