@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -89,15 +90,14 @@ def spawn(
             )
 
         try:
-            child = start() if sandbox is None else confined(sandbox, start)
+            with protection.without_core() if secret else contextlib.nullcontext():
+                child = start() if sandbox is None else confined(sandbox, start)
         except OSError as error:
             raise StoragedError(
                 ErrorCode.QSD_MISSING, f"cannot execute {binary}", cause=error.strerror or str(error),
                 hint="install qemu-storage-daemon again, or set qsd.binary in storaged.toml",
             ) from error
     protection.spare(child.pid)
-    if secret:
-        protection.write_no_core(child.pid)
     # It is watched and collected through its pidfd; Popen must neither wait for it nor warn about it.
     child.returncode = 0
     # A child that was not collected keeps its number, even when it is dead already.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -267,6 +268,19 @@ def opened_as_wanted(opening: Opening, pid: int, own: tuple[str, ...] = ()) -> b
         for device, inode, number in process.open_files(pid, own)
     }
     return opening.files <= opened
+
+
+def was_replaced(opening: Opening) -> bool:
+    """Whether another file than the one that was looked at is in a place: QSD is refused such a file."""
+    now = set()
+    for path, _ in opening.paths:
+        try:
+            seen = os.stat(path)
+        except OSError:
+            return True
+        is_block = stat.S_ISBLK(seen.st_mode)
+        now.add(block_identity(seen.st_rdev) if is_block else file_identity(seen.st_dev, seen.st_ino))
+    return not opening.files <= now
 
 
 def take(opening: Opening, directory: str, owner: str) -> list[int]:
