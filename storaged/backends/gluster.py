@@ -88,10 +88,14 @@ class GlusterBackend(NetworkDefaults):
         }
 
     def powers(self, location: str, options: Mapping[str, str]) -> Powers:
-        """libgfapi tells the server its user, as the one whose files these are, and likes a low port."""
+        """libgfapi tells the server its user, as the one whose files these are, and likes a low port.
+
+        It crashes where it cannot write to /proc/self/task/N/comm (gf_thread_set_vname), and Landlock could only let it
+        write to all of /proc.
+        """
         return Powers(
             capabilities=frozenset({"NET_BIND_SERVICE"}), root="Gluster's servers look at the user of their client",
-            connects_unix=bool(_read(location).socket),
+            all_files="Gluster's library crashes under Landlock", connects_unix=bool(_read(location).socket),
         )
 
     def identity(self, location: str, real_path: Callable[[str], str]) -> str:

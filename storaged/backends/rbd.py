@@ -218,7 +218,7 @@ class RbdBackend(NetworkDefaults):
         return Powers(
             capabilities=frozenset({"DAC_READ_SEARCH"} if keyrings else ()),
             reads=(_CEPH, *((conf, posixpath.dirname(conf)) if conf else ()), *((_CEPH_DATA,) if keyrings else ())),
-            files=((conf, False),) if conf else (),
+            keyrings_of=(conf or f"{_CEPH}/ceph.conf",) if keyrings else (), files=((conf, False),) if conf else (),
         )
 
     def inquiries(self, location: str, options: Mapping[str, str]) -> tuple[Inquiry, ...]:

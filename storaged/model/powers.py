@@ -14,9 +14,13 @@ class Powers:
     root: str = ""
     """Why it has to be root, as the end of a sentence; empty where any user will do."""
     mounts: bool = False
-    """It mounts a filesystem, which Landlock forbids altogether."""
+    """It mounts a filesystem."""
+    all_files: str = ""
+    """Why Landlock cannot keep it to its own files; empty where it can."""
     reads: tuple[str, ...] = ()
     """Files, and directories with all below, that it may read."""
+    keyrings_of: tuple[str, ...] = ()
+    """Ceph's configuration files: they name further files that it may read."""
     uses: tuple[str, ...] = ()
     """Files, and directories with all below, that it may read and write: devices."""
     sockets: tuple[str, ...] = ()
@@ -30,7 +34,9 @@ class Powers:
         """Return what both need together."""
         return Powers(
             capabilities=self.capabilities | other.capabilities, root=self.root or other.root,
-            mounts=self.mounts or other.mounts, reads=self.reads + other.reads, uses=self.uses + other.uses,
+            mounts=self.mounts or other.mounts,
+            all_files=self.all_files or other.all_files, reads=self.reads + other.reads,
+            keyrings_of=self.keyrings_of + other.keyrings_of, uses=self.uses + other.uses,
             sockets=self.sockets + other.sockets, files=self.files + other.files,
             connects_unix=self.connects_unix or other.connects_unix,
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -31,6 +32,8 @@ SOCKETS = "tmp"
 #: Users that neither Debian, systemd (UIDS-GIDS.md), subuid(5) nor SSSD's mapping of foreign domains give to anybody.
 FIRST_USER, USERS = 2_040_000_000, 1 << 20
 _TRIES = 64
+#: Bytes of a configuration of Ceph that are read.
+_LONGEST_CONF = 1 << 20
 
 _PROGRAMS = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/opt", "/nix/store", "/gnu/store")
 _SYSTEM = ("/proc", "/sys/block", "/sys/class", "/sys/dev", "/sys/devices", "/dev/random", "/dev/urandom")
@@ -140,8 +143,8 @@ def _prepare(
         found = Sandbox(uid, powers.capabilities | {"DAC_OVERRIDE"})
     rules: tuple[Rule, ...] | None = None
     version = landlock.abi()
-    if powers.mounts:
-        lacks.append("Landlock forbids to mount")
+    if powers.all_files:
+        lacks.append(powers.all_files)
     elif not version:
         lacks.append("this kernel has no Landlock, or it is switched off")
     else:
@@ -222,6 +225,19 @@ def _there(powers: Powers) -> Iterator[tuple[str, bool]]:
     return ((path, written) for path, written in powers.files if written or os.path.exists(path))
 
 
+def _keyrings(conf: str) -> Iterator[str]:
+    """What a configuration of Ceph calls a keyring; where it leaves a part of the name open ($name), the directory."""
+    try:
+        with open(conf, encoding="utf-8", errors="surrogateescape") as file:
+            text = file.read(_LONGEST_CONF)
+    except OSError:
+        return  # Ceph will say so
+    for words in re.findall(r"^[ \t]*keyring[ \t]*=(.*)$", text, re.MULTILINE):
+        for path in re.split(r"[,;\s]+", words):
+            if path.startswith("/"):
+                yield path if "$" not in path else os.path.dirname(path.partition("$")[0] + "x")
+
+
 def _rules(
     record: Record, wanted: Opening | None, site: Site, powers: Powers, reaches_servers: bool
 ) -> Iterator[Rule]:
@@ -233,6 +249,9 @@ def _rules(
         yield Rule(os.path.join(prefix, name), RUN)
     for path in (*_SYSTEM, *(_NETWORK if reaches_servers else _SETTINGS), *powers.reads):
         yield Rule(path, READ)
+    for conf in powers.keyrings_of:
+        for path in _keyrings(conf):
+            yield Rule(path, READ)
     for path in (*_NOTHING, *powers.uses):
         yield Rule(path, WRITE)
     for path in powers.sockets:

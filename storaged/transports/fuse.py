@@ -35,7 +35,10 @@ class FuseTransport(HostDevice):
 
     def powers(self, site: Site) -> Powers:
         """libfuse mounts, and unmounts at the end (fuse_mount_sys in lib/mount.c): QSD takes no mount of others."""
-        return Powers(capabilities=frozenset({"SYS_ADMIN"}), root="fuse mounts", mounts=True)
+        return Powers(
+            capabilities=frozenset({"SYS_ADMIN"}), root="fuse mounts", mounts=True,
+            all_files="Landlock forbids to mount",
+        )
 
     def probe(self, build: Build | None) -> Availability:
         """FUSE and the loop driver in the kernel, QSD ≥ 6.0 with a FUSE export."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -189,3 +190,32 @@ def test_a_sources_servers_see_a_qsd_without_any_rights(daemon: Daemon, place: P
             daemon.detach("a")
         finally:
             server.kill()
+
+
+def test_a_qsd_of_an_older_daemon_is_adopted_and_its_successor_kept_short(
+    stopped: Daemon, place: Path, transport: str
+) -> None:
+    with_config(stopped, "[qsd]\nsandbox = false\n")
+    stopped.start()
+    stopped.attach("a", image(place / "a.raw", "raw"), transport=transport)
+    pid = stopped.qsd("a")
+    stopped.kill()
+    # So it was before there were sandboxes.
+    directory = Path(stopped.layout.volume_dir("a"))
+    record = json.loads((directory / "record.json").read_text())
+    for member in ("confinement", "sockets"):
+        del record[member]
+    (directory / "record.json").write_text(json.dumps(record))
+    if (directory / "tmp/nbd.sock").exists():
+        (directory / "tmp/nbd.sock").rename(directory / "nbd.sock")
+    with_config(stopped, "")
+    stopped.start()
+    eventually(lambda: stopped.online("a"), "it is adopted")
+    assert stopped.qsd("a") == pid
+    assert stopped.show("a")["qsd_confinement"].startswith("none")
+    stopped.kill_qsd("a")
+    eventually(lambda: stopped.replaced("a", pid), "there is a successor")
+    assert_confined(status(stopped.qsd("a")), transport, DAC_OVERRIDE if transport in UNPRIVILEGED else 0)
+    if transport != "vhost-user":
+        writes(stopped.show("a")["device"], 0, PATTERN)
+    stopped.detach("a")

@@ -112,7 +112,8 @@ def source(place: Path) -> Path:
 def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     daemon = Daemon(tmp_path_factory.mktemp("other") / "root")
     daemon.root.mkdir()
-    with_config(daemon, f'[qsd]\nbinary = "{qsd_of(daemon)}"\n')
+    # Who meddles has more to do than a QSD may.
+    with_config(daemon, f'[qsd]\nsandbox = false\nbinary = "{qsd_of(daemon)}"\n')
     write_qsd(daemon, f'exec {QSD} "$@"')
     daemon.start()
     yield daemon
