@@ -7,6 +7,7 @@ what the child must not have, makes the child, and ends. No program stands in be
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -27,7 +28,6 @@ _VERSION_3 = 0x20080522
 #: include/uapi/linux/prctl.h.
 _PR_SET_KEEPCAPS, _PR_CAPBSET_READ, _PR_CAPBSET_DROP = 8, 23, 24
 _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT, _AMBIENT_RAISE = 38, 47, 2
-_LAST_CAPABILITY = 63
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _Words = ctypes.c_uint32 * 6
@@ -115,8 +115,11 @@ def _enter(sandbox: Sandbox) -> None:
     kept = {CAPABILITIES[name] for name in sandbox.capabilities}
     if effective() >> CAPABILITIES["SETPCAP"] & 1:
         # Else the set stays, and no_new_privs keeps what is in it from being had (cap_bprm_creds_from_file).
-        for capability in range(_LAST_CAPABILITY):
-            if capability not in kept and _libc.prctl(_PR_CAPBSET_READ, capability, 0, 0, 0) == 1:
+        for capability in itertools.count():
+            had = _libc.prctl(_PR_CAPBSET_READ, capability, 0, 0, 0)
+            if had < 0:
+                break  # the kernel has no more
+            if had and capability not in kept:
                 _prctl(_PR_CAPBSET_DROP, capability)
     if sandbox.rules is not None:
         # While it can still reach them.
