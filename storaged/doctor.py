@@ -15,6 +15,7 @@ from storaged.host import landlock, modules, probe, sandbox
 from storaged.model.diagnosis import MODULES, Facts, Finding, Opener, Status, diagnose, diagnose_kernel
 from storaged.model.kernelconfig import MAX_CONFIG, KernelConfig, Verdict, check, decode_config
 from storaged.model.layout import Layout
+from storaged.model.powers import LAST_USER
 from storaged.qsd.build import build_of
 from storaged.qsd.drivers import drivers_of, reads_only_whole
 from storaged.qsd.process import find_binary
@@ -80,7 +81,7 @@ def gather(layout: Layout, command: str = "storaged") -> Facts:
         rbd=shutil.which("rbd") is not None,
         sandbox=sandboxed,
         landlock=landlock.abi(),
-        no_users=sandbox.lacking(),
+        no_users=sandbox.lacking(LAST_USER),
     )
 
 

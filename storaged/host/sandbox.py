@@ -33,6 +33,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _Words = ctypes.c_uint32 * 6
 
 
+class CannotConfine(Exception):
+    """Something cannot be given up, and nothing was started."""
+
+
 @dataclass(frozen=True)
 class Sandbox:
     """What a process keeps."""
@@ -49,12 +53,14 @@ class Sandbox:
 def confined(sandbox: Sandbox, work: Callable[[], T]) -> T:
     """Return what ``work`` returns, done in a thread that has given up all but what ``sandbox`` leaves it.
 
-    What ``work`` starts has no more than that. Raises what ``work`` raises, and OSError where something cannot be given
-    up: then ``work`` was not done.
+    What ``work`` starts has no more than that. Raises what ``work`` raises; CannotConfine where it was not done.
     """
 
     def confined_work() -> T:
-        _enter(sandbox)
+        try:
+            _enter(sandbox)
+        except OSError as error:
+            raise CannotConfine(str(error)) from error
         return work()
 
     return _in_a_thread(confined_work)
@@ -76,13 +82,22 @@ def unreachable(sandbox: Sandbox, files: Iterable[tuple[str, int]]) -> list[tupl
     return _in_a_thread(work)
 
 
-def lacking() -> str:
-    """Return why processes cannot be given another user here, empty where they can."""
+def lacking(user: int) -> str:
+    """Return why processes cannot be given users such as this one here, empty where they can."""
     mine = effective()
     missing = [name for name in ("SETUID", "SETGID", "KILL", "SYS_PTRACE") if not mine >> CAPABILITIES[name] & 1]
     if missing:
         return f"the daemon lacks CAP_{' and CAP_'.join(missing)}"
+    if not all(_is_mapped(f"/proc/self/{kind}_map", user) for kind in ("uid", "gid")):
+        return "this container has no such users"
     return "" if syscalls.numbers() else f"this machine's system calls are not known ({os.uname().machine})"
+
+
+def _is_mapped(path: str, user: int) -> bool:
+    """Whether the user namespace has that number (user_namespaces(7))."""
+    with open(path, encoding="ascii") as file:
+        ranges = [[int(word) for word in line.split()] for line in file]
+    return any(begin <= user < begin + count for begin, _, count in ranges)
 
 
 def effective() -> int:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+#: Users that neither Debian, systemd (UIDS-GIDS.md), subuid(5) nor SSSD's mapping of foreign domains give to anybody.
+FIRST_USER, USERS = 2_040_000_000, 1 << 20
+LAST_USER = FIRST_USER + USERS - 1
+
 
 @dataclass(frozen=True)
 class Powers:

@@ -13,7 +13,7 @@ from typing import Any
 
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import protection, scope
-from storaged.host.sandbox import Sandbox, confined
+from storaged.host.sandbox import CannotConfine, Sandbox, confined
 from storaged.qsd.stderr import WAITS
 
 #: What of its own environment the daemon hands on; TMPDIR is the volume's own.
@@ -63,7 +63,7 @@ def spawn(
     process; ``further`` is added to its environment. It gets a session of its own, so that no signal to the daemon's
     terminal or group reaches it. It has no more of the host than ``sandbox`` says. The OOM killer leaves it alone, and
     it inherits from the daemon that it is an I/O flusher (host/protection.py).
-    Blocks for an exec. Raises QSD_MISSING.
+    Blocks for an exec. Raises QSD_MISSING; INTERNAL where it cannot be confined.
     """
     environment = {key: os.environ[key] for key in _ENVIRONMENT if key in os.environ}
     environment["TMPDIR"] = os.path.join(directory, "tmp")
@@ -92,6 +92,11 @@ def spawn(
         try:
             with protection.without_core() if secret else contextlib.nullcontext():
                 child = start() if sandbox is None else confined(sandbox, start)
+        except CannotConfine as error:
+            raise StoragedError(
+                ErrorCode.INTERNAL, "qemu-storage-daemon cannot be kept to what its volume needs", cause=str(error),
+                hint="say sandbox = false in [qsd] of storaged.toml, and report this",
+            ) from error
         except OSError as error:
             raise StoragedError(
                 ErrorCode.QSD_MISSING, f"cannot execute {binary}", cause=error.strerror or str(error),

@@ -19,9 +19,9 @@ from storaged.host.landlock import OWN, READ, RUN, WRITE, Rule
 from storaged.host.sandbox import Sandbox
 from storaged.model import backingsources
 from storaged.model.formats import Format
-from storaged.model.powers import Powers
+from storaged.model.powers import FIRST_USER, LAST_USER, USERS, Powers
 from storaged.model.record import Confinement, Record
-from storaged.qsd.process import log_file, pidfile
+from storaged.qsd.process import pidfile
 from storaged.supervisor import overlay
 from storaged.supervisor.opening import Opening
 from storaged.transports import TRANSPORTS
@@ -29,13 +29,14 @@ from storaged.transports.base import Site
 
 #: Of the volume's directory, the part that is QSD's own: its TMPDIR, and its sockets.
 SOCKETS = "tmp"
-#: Users that neither Debian, systemd (UIDS-GIDS.md), subuid(5) nor SSSD's mapping of foreign domains give to anybody.
-FIRST_USER, USERS = 2_040_000_000, 1 << 20
 _TRIES = 64
 #: Bytes of a configuration of Ceph that are read.
 _LONGEST_CONF = 1 << 20
 
-_PROGRAMS = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/opt", "/nix/store", "/gnu/store")
+_PROGRAMS = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/opt", "/nix/store", "/gnu/store",
+    # The modules of a QEMU that was upgraded meanwhile (Debian).
+    "/run/qemu",
+)
 _SYSTEM = ("/proc", "/sys/block", "/sys/class", "/sys/dev", "/sys/devices", "/dev/random", "/dev/urandom")
 _NOTHING = ("/dev/null", "/dev/zero", "/dev/full")
 #: What programs and libraries read that reach nobody.
@@ -104,7 +105,7 @@ def prepare(record: Record, wanted: Opening | None, site: Site, lock_directory: 
     held: list[int] = []
     uid = 0
     if not powers.root:
-        problem = sandbox.lacking()
+        problem = sandbox.lacking(LAST_USER)
         if problem:
             lacks.append(f"it is root because {problem}")
         else:
@@ -260,7 +261,6 @@ def _rules(
     yield Rule(site.directory, READ)
     yield Rule(os.path.join(site.directory, SOCKETS), OWN)
     yield Rule(pidfile(site.directory), WRITE)
-    yield Rule(log_file(site.directory), WRITE)
     for path, written in _files(record, wanted):
         yield Rule(path, WRITE if written else READ)
     if wanted is not None and wanted.is_open_ended:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from storaged.supervisor.confinement import FIRST_USER, USERS
+from storaged.model.powers import FIRST_USER, USERS
 from tests.harness import Daemon
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from storaged.host import landlock, locks
-from storaged.supervisor.confinement import FIRST_USER, USERS
+from storaged.model.powers import FIRST_USER, USERS
 from tests.contract.conftest import IN_MACHINE
 from tests.harness import Daemon, eventually, image, reads, run, with_config, writes
 from tests.prisoner import Prisoner

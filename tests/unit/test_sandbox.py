@@ -16,6 +16,7 @@ from storaged.errors import ErrorCode, StoragedError
 from storaged.host import landlock, protection, sandbox, seccomp, syscalls
 from storaged.host.landlock import OWN, READ, RUN, WRITE, Rule
 from storaged.host.sandbox import Sandbox, confined, unreachable
+from storaged.model.powers import FIRST_USER
 from storaged.supervisor import confinement
 
 PYTHON = (sys.executable, "-IS", "-c")
@@ -110,7 +111,7 @@ def test_all_that_is_denied_has_a_number_on_each_machine() -> None:
 
 def test_what_cannot_be_given_up_is_not_started() -> None:
     done: list[int] = []
-    with pytest.raises(OSError, match="seccomp"):
+    with pytest.raises(sandbox.CannotConfine, match="seccomp"):
         confined(same_user(filter=b"\xff" * 8), lambda: done.append(1))
     assert done == []
     with pytest.raises(ZeroDivisionError):
@@ -147,7 +148,7 @@ def test_two_volumes_have_different_users_also_where_their_names_lead_to_one(
     monkeypatch.setattr(confinement, "USERS", 2)
     locks = str(tmp_path / "locks")
     first, second = (confinement._user(f"/volumes/{name}", locks, name) for name in "ab")
-    assert {first[0], second[0]} == {confinement.FIRST_USER, confinement.FIRST_USER + 1}
+    assert {first[0], second[0]} == {FIRST_USER, FIRST_USER + 1}
     with pytest.raises(StoragedError) as raised:
         confinement._user("/volumes/c", locks, "c")
     assert raised.value.code is ErrorCode.INTERNAL
@@ -176,3 +177,9 @@ def test_what_is_started_without_a_core_has_none_and_others_keep_theirs() -> Non
 
 def test_the_effective_capabilities_are_those_of_this_process() -> None:
     assert f"{sandbox.effective():016x}" in Path("/proc/self/status").read_text()
+
+
+def test_a_container_that_has_few_users_gives_none_away(tmp_path: Path) -> None:
+    (tmp_path / "map").write_text("         0     100000      65536\n")
+    assert sandbox._is_mapped(str(tmp_path / "map"), 65535)
+    assert not sandbox._is_mapped(str(tmp_path / "map"), FIRST_USER)
