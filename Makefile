@@ -2,7 +2,7 @@
 # PYTEST_ARGS is handed to pytest: make test PYTEST_ARGS='-k vduse -x'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup servers demo test test-host test-vm test-vm-contract test-vm-system test-vm-bookworm test-faults vm-shell lint unit bench-attach bench-vm bench-recovery bench-metrics dkms deb bench-backends clean
+.PHONY: help setup servers demo test test-host test-vm test-vm-contract test-vm-system test-vm-bookworm test-faults fuzz vm-shell lint unit bench-attach bench-vm bench-recovery bench-metrics dkms deb bench-backends clean
 # setup comes first in each list of prerequisites: never run them side by side.
 .NOTPARALLEL:
 
@@ -35,6 +35,12 @@ lint: setup ## ruff and mypy
 
 unit: setup ## the tests that need no root, in seconds
 	$(VENV)/pytest tests/unit $(PYTEST_ARGS)
+
+# One after the other; SECONDS_EACH for each. What it finds is a file crash-…; with it as an argument it is repeated.
+SECONDS_EACH ?= 300
+fuzz: setup ## look for input that ends in a bug, guided by coverage (an hour)
+	@for target in $$($(VENV)/python -c 'from tests.fuzz.targets import TARGETS; print(*TARGETS)'); do \
+		$(VENV)/python -m tests.fuzz $$target -max_total_time=$(SECONDS_EACH) || exit; done
 
 test: test-host test-vm test-vm-bookworm ## lint and all tests, here and in the test machine (root)
 

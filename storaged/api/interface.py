@@ -120,11 +120,30 @@ class QemuArguments:
 
 
 @dataclasses.dataclass
+class FileFailure:
+    """What is wrong with the file of a volume; volume is empty where it is wrong with all of them."""
+
+    volume: str
+    code: str
+    message: str
+    cause: str
+    hint: str
+
+
+@dataclasses.dataclass
 class Reloaded:
-    """Keys of the configuration that got another value: in force now, and those that need a restart of the daemon."""
+    """What a reload has changed, and what it has not.
+
+    applied and needs_restart are keys of the configuration that got another value: in force now, and those that need a
+    restart of the daemon. Of the files of volumes: attaching are the names of new ones, differing those that are
+    attached with other wishes (and stay so), failures tells of those that are wrong; all others count.
+    """
 
     applied: list[str]
     needs_restart: list[str]
+    attaching: list[str]
+    differing: list[str]
+    failures: list[FileFailure]
 
 
 @dataclasses.dataclass
@@ -275,7 +294,10 @@ class StoragedInterface(VarlinkInterface):
 
     @varlinkmethod(return_parameter="reloaded")
     async def Reload(self) -> Reloaded:
-        """Read the configuration and the files of volumes again, as at SIGHUP. With a wrong file nothing is changed."""
+        """Read the configuration and the files of volumes again, as at SIGHUP.
+
+        With a wrong configuration nothing is changed. A wrong file of a volume is in failures; the others count.
+        """
         raise NotImplementedError
 
     @varlinkmethod(return_parameter="event", delay_generator=False)

@@ -198,9 +198,16 @@ class Service(interface.StoragedInterface):
     @varlinkmethod(return_parameter="reloaded")
     @_translated
     async def Reload(self) -> interface.Reloaded:
-        """Read the configuration and the files of volumes again, as at SIGHUP. With a wrong file nothing is changed."""
+        """Read the configuration and the files of volumes again, as at SIGHUP. With a wrong one nothing is changed."""
         changed = await reload(self._manager)
-        return interface.Reloaded(changed.applied, changed.needs_restart)
+        files = changed.files
+        return interface.Reloaded(
+            changed.applied, changed.needs_restart, files.attaching, files.differing,
+            [
+                interface.FileFailure(error.volume, error.code.value, error.message, error.cause, error.hint)
+                for error in files.failures
+            ],
+        )
 
     @varlinkmethod(return_parameter="event", delay_generator=False)
     async def Watch(self, *, name: str | None = None) -> AsyncIterator[interface.Event]:

@@ -24,7 +24,6 @@ from storaged.backends import find_backend
 from storaged.backends.base import NetworkBackend
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import secrets, sshagent
-from storaged.host.atomic import write_atomic
 from storaged.host.identity import block_identity, file_identity
 from storaged.images import arguments
 from storaged.images.claims import refuse_attached
@@ -150,7 +149,7 @@ def _give(
     if fetching.is_fetched(spec):
         wanted = fetching.fetch(
             spec, wanted, place.layout, deadline=time.monotonic() + _LONGEST_FETCH, stop=threading.Event(),
-            progress=lambda done, total: progress(_fetched(done, total)),
+            progress=lambda done, total: progress(fetching.told(done, total)),
         )
     elif isinstance(find_backend(spec.source), NetworkBackend):
         _refuse_bad_program(operand, found.program)
@@ -162,10 +161,7 @@ def _give(
         stack.callback(os.close, fd)
         found.inherited.append(fd)
         objects.append({"qom-type": "secret", "id": secret.id, "format": "base64", "file": f"/dev/fd/{fd}"})
-    for name, text in needed.files.items():
-        write_atomic(os.path.join(directory, name), text.encode())
-    for name, option in needed.secret_files.items():
-        write_atomic(os.path.join(directory, name), secrets.read(option, spec.options[option], directory))
+    opening.put_files(needed, spec, directory)
     environment = dict(needed.environment)
     if needed.agent_key:
         if "SSH_AUTH_SOCK" in found.environment:
@@ -214,12 +210,6 @@ def _pinned(
         if isinstance(value, dict) and not (key == "file" and node.get("driver") == Format.VMDK) else value
         for key, value in node.items()
     }
-
-
-def _fetched(done: int, total: int | None) -> str:
-    from storaged.model.sizes import format_size
-
-    return f"fetching the source: {format_size(done)}{f' of {format_size(total)}' if total else ''}"
 
 
 def _nameless(data: bytes) -> int:

@@ -22,6 +22,7 @@ from storaged.host import secrets as host_secrets
 from storaged.host.identity import file_identity
 from storaged.model import backingsources
 from storaged.model.layout import Layout
+from storaged.model.sizes import format_size
 from storaged.model.spec import VolumeSpec
 from storaged.qsd.version import QsdVersion, curl_loses_requests
 from storaged.supervisor.opening import Opening
@@ -111,6 +112,11 @@ def fetch(
         source=None if wanted.source is None else located(wanted.source, path),
         files=frozenset({file_identity(seen.st_dev, seen.st_ino)}), paths=((path, False),),
     )
+
+
+def told(done: int, total: int | None) -> str:
+    """Return what is said of a fetch that goes on, of bytes."""
+    return f"fetching the source: {format_size(done)}{f' of {format_size(total)}' if total else ''}"
 
 
 def read_secret(option: str, value: str, directory: str) -> str:

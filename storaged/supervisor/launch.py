@@ -16,7 +16,6 @@ from storaged.backends import find_backend
 from storaged.backends.base import NetworkBackend, Requirements
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import locks, process, secrets, sshagent
-from storaged.host.atomic import write_atomic
 from storaged.host.unixsock import bind_unix, connect_unix
 from storaged.model.record import Record
 from storaged.model.spec import VolumeSpec
@@ -185,10 +184,7 @@ def _provide(needed: Requirements, spec: VolumeSpec, directory: str) -> dict[str
 
     Raises OPEN_FAILED.
     """
-    for name, text in needed.files.items():
-        write_atomic(os.path.join(directory, name), text.encode())
-    for name, option in needed.secret_files.items():
-        write_atomic(os.path.join(directory, name), secrets.read(option, spec.options[option], directory))
+    opening.put_files(needed, spec, directory)
     environment = dict(needed.environment)
     if needed.agent_key:
         key = secrets.read(needed.agent_key, spec.options[needed.agent_key], directory)

@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -36,6 +36,17 @@ from storaged.transports import check_transport, options_of
 log = logging.getLogger("storaged.manager")
 
 
+@dataclass(frozen=True)
+class Reread:
+    """What came of reading the files of volumes again, by the names of volumes."""
+
+    attaching: list[str]
+    """New ones."""
+    differing: list[str]
+    """Attached with other wishes than their file has now."""
+    failures: list[StoragedError]
+
+
 class Manager:
     """Knows every volume by its name."""
 
@@ -60,24 +71,37 @@ class Manager:
             self._begin(Volume(desired, self.environment), adopt=True)
         self._tell_bad_files()
 
-    async def reload(self) -> None:
-        """Read the files of volumes again, and attach what is new. What is attached stays as it is."""
+    async def reload(self) -> Reread:
+        """Read the files of volumes again, and attach what is new. What is attached stays as it is.
+
+        A file that is of no use keeps none of the others from it. Raises INVALID_ARGUMENT where the files cannot be
+        found at all.
+        """
         async with self._files_change:
             self._files = await self._blocking("read the files of volumes", 60, self._read_files)
         self._tell_bad_files()
+        read = Reread([], [], list(self._files.bad.values()))
         for name, spec in self._files.volumes.items():
             volume = self._volumes.get(name)
             if volume is None and name not in self._files.detached | self._parked:
                 desired = Desired(spec=spec)
-                await self._blocking("store what is wished", 30, self.environment.volatile.put, desired)
+                try:
+                    await self._blocking("store what is wished", 30, self.environment.volatile.put, desired)
+                except StoragedError as error:
+                    log.error("%s [%s]; %s", error.at(volume=name), error.code, error.hint, extra=about(name))
+                    read.failures.append(error)
+                    continue
                 if name not in self._volumes:
                     self._begin(Volume(desired, self.environment), adopt=True)
+                    read.attaching.append(name)
             elif volume is not None and msgspec.structs.replace(volume.spec, persist=False) != spec:
                 log.warning(
                     "volume %s: %s wishes for something else than what is attached (%s): detach it, and reload again",
                     name, self.environment.files.path(name), difference(volume.spec, spec), extra=about(name),
                 )
+                read.differing.append(name)
         log.info("the files of volumes were reloaded, %d volumes", len(self._volumes))
+        return read
 
     def volumes(self) -> list[Volume]:
         """All volumes, sorted by name."""

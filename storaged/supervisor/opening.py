@@ -19,6 +19,7 @@ from storaged.backends import BACKENDS, cache, find_backend
 from storaged.backends.base import NO_REQUIREMENTS, NetworkBackend, Requirements, Secret
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import disk, locks, loop, process, secrets
+from storaged.host.atomic import write_atomic
 from storaged.host.blocking import BlockingCalls
 from storaged.host.chain import ImageFile, Reference, inspect_images
 from storaged.host.identity import block_identity, file_identity, identities, own_identity
@@ -299,6 +300,14 @@ def take(opening: Opening, directory: str, owner: str) -> list[int]:
             os.close(fd)
         raise
     return held
+
+
+def put_files(needed: Requirements, spec: VolumeSpec, directory: str) -> None:
+    """Put the files that a client library reads into a volume's directory. Raises OPEN_FAILED."""
+    for name, text in needed.files.items():
+        write_atomic(os.path.join(directory, name), text.encode())
+    for name, option in needed.secret_files.items():
+        write_atomic(os.path.join(directory, name), secrets.read(option, spec.options[option], directory))
 
 
 def secret_object(secret: Secret, spec: VolumeSpec, directory: str) -> dict[str, str]:

@@ -16,11 +16,10 @@ from storaged.host import disk, process
 from storaged.model import blockdev
 from storaged.model.formats import Format
 from storaged.model.record import Layer
-from storaged.model.sizes import format_size
 from storaged.model.states import State
 from storaged.observe.journald import about
 from storaged.qsd.session import Session
-from storaged.supervisor import fingerprint, launch, opening, remotechain
+from storaged.supervisor import fetching, fingerprint, launch, opening, remotechain
 from storaged.supervisor.holding import Holding, Told
 from storaged.supervisor.snapshot import open_snapshot
 
@@ -44,8 +43,9 @@ async def start(held: Holding, timeout: float) -> None:
         if time.monotonic() < told + _TELL_EVERY:
             return
         told = time.monotonic()
-        text = f"fetching the source: {format_size(done)}{f' of {format_size(total)}' if total else ''}"
-        loop.call_soon_threadsafe(events.publish, held.spec.name, "note", State.STARTING, text)
+        loop.call_soon_threadsafe(
+            events.publish, held.spec.name, "note", State.STARTING, fetching.told(done, total)
+        )
 
     def work() -> launch.Started:
         return launch.launch(

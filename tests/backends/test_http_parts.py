@@ -12,7 +12,7 @@ import pytest
 
 from storaged.errors import ErrorCode
 from tests.backends.web_server import Nginx, make_disk
-from tests.harness import Daemon, eventually, reads, refuses, run
+from tests.harness import Daemon, eventually, reads, refuses, run, size_of
 
 MIB = 1 << 20
 #: Nothing of one request is there for the next, and a request that is not answered fails soon.
@@ -105,7 +105,7 @@ def test_a_file_that_grew_keeps_its_size(server: Nginx, daemon: Daemon, disk: Pa
     with open(disk, "ab") as file:
         file.write(os.urandom(MIB))
     run("cmp", "-n", size, device, disk)
-    assert run("blockdev", "--getsize64", device).stdout.strip() == str(size)
+    assert size_of(device) == size
 
 
 def test_a_file_that_shrank_ends_qsd_and_not_the_daemon(server: Nginx, daemon: Daemon, disk: Path) -> None:

@@ -6,7 +6,6 @@ import base64
 import os
 import signal
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -117,7 +116,7 @@ def test_a_disk_behind_nbd_with_tls_is_written_and_read(nbd: NbdServer, root: Da
     too_small = image(place / "c.qcow2", "qcow2", "9M")
     said_of_it = failure(root, "convert", *options(said, "--target-option"), too_small, source)
     assert "smaller than input" in said_of_it
-    assert "half-written" in said_of_it
+    assert "half-written" not in said_of_it
     assert "[invalid-argument]" in failure(root, "create", *options(said), source, "8M")
 
 
@@ -160,17 +159,6 @@ def test_what_one_daemon_has_attached_is_refused_however_it_is_spelled(
 
 
 # Ceph ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[CephCluster]:
-    with tempfile.TemporaryDirectory(prefix="sd-ceph-", dir="/var/tmp") as name:
-        found = CephCluster(Path(os.path.realpath(name)))
-        try:
-            found.start()
-            yield found
-        finally:
-            found.stop()
 
 
 def test_an_image_of_ceph_is_made_filled_read_and_resized(cluster: CephCluster, root: Daemon, place: Path) -> None:

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from storaged.errors import ErrorCode
+from tests.backends.accidents import Backed, ServerAccidents
 from tests.backends.iscsi_server import SECRET, TARGET, USER, IscsiServer
 from tests.backends.secrecy import secret_is_nowhere
 from tests.backends.servers import Load
 from tests.backends.within import opened_within
-from tests.harness import Daemon, as_json, error_of, eventually, image, mounted, reads, refuses, run, writes
+from tests.harness import Daemon, as_json, error_of, eventually, image, mounted, reads, refuses, run, size_of, writes
 
 MIB = 1 << 20
 PATTERN = bytes(range(256)) * 256
@@ -150,13 +151,11 @@ def test_a_lun_that_has_grown_is_served_at_its_old_size_until_a_resize(
         os.truncate(disk, times * size)
         server.start()
         if times == 2:
-            pid = daemon.kill_qsd("a")
-            eventually(lambda pid=pid: daemon.replaced("a", pid), "a successor serves it", 40)  # type: ignore[misc]  # a default
-            device = str(daemon.show("a")["device"])
+            device = daemon.replace_qsd("a")
         # The third time QSD goes on, and asks for the size when it is told to grow.
-        assert run("blockdev", "--getsize64", device).stdout.strip() == str((times - 1) * size)
+        assert size_of(device) == (times - 1) * size
         daemon.cli("resize", "a")
-        assert run("blockdev", "--getsize64", device).stdout.strip() == str(times * size)
+        assert size_of(device) == times * size
 
 
 def test_a_target_and_a_lun_that_are_not_there(server: IscsiServer, daemon: Daemon) -> None:
@@ -214,32 +213,14 @@ def test_readers_share_and_have_sessions_of_their_own(server: IscsiServer, daemo
 # Accidents
 
 
-def test_the_server_is_killed_under_load_and_started_again(
-    server: IscsiServer, daemon: Daemon, place: Path, disk: Path
-) -> None:
-    load = Load(daemon.device("a", server.source()), place, seconds=4)
-    time.sleep(1)
-    server.kill()
-    time.sleep(2)
-    assert load.runs
-    server.start()
-    load.succeeded()
-    daemon.detach("a")
-    load.is_in(disk)
+@pytest.fixture
+def backed(server: IscsiServer) -> Backed:
+    """For the accidents that befall all servers."""
+    return Backed(server, server.source())
 
 
-def test_the_server_is_stopped_under_load_and_goes_on(
-    server: IscsiServer, daemon: Daemon, place: Path, disk: Path
-) -> None:
-    load = Load(daemon.device("a", server.source()), place, seconds=3)
-    time.sleep(1)
-    server.signal(signal.SIGSTOP)
-    time.sleep(4)
-    assert load.runs
-    server.signal(signal.SIGCONT)
-    load.succeeded()
-    daemon.detach("a")
-    load.is_in(disk)
+class TestAccidents(ServerAccidents):
+    """Those that befall all servers."""
 
 
 def test_a_silent_server_costs_no_request_when_they_are_done_again(
@@ -254,46 +235,6 @@ def test_a_silent_server_costs_no_request_when_they_are_done_again(
     load.succeeded()
     daemon.detach("a")
     load.is_in(disk)
-
-
-@pytest.mark.parametrize("away", ["killed", "stopped"])
-def test_a_detach_by_force_ends_while_the_server_is_away(
-    server: IscsiServer, daemon: Daemon, place: Path, away: str
-) -> None:
-    load = Load(daemon.device("a", server.source()), place, seconds=4)
-    time.sleep(1)
-    if away == "killed":
-        server.kill()
-    else:
-        server.signal(signal.SIGSTOP)
-    time.sleep(1)
-    daemon.detach("a", force=True, timeout=30)
-    assert daemon.names() == []
-    load.kill()
-
-
-def test_another_daemon_adopts_it(server: IscsiServer, daemon: Daemon, place: Path, disk: Path) -> None:
-    before = daemon.attach("a", server.source())
-    load = Load(before["device"], place, seconds=2)
-    daemon.kill()
-    daemon.start()
-    assert daemon.attach("a", server.source())["device"] == before["device"]
-    assert daemon.show("a")["qsd_pid"] == before["qsd_pid"]
-    load.succeeded()
-    daemon.detach("a")
-    load.is_in(disk)
-
-
-def test_qsd_dies_while_the_server_is_away_and_the_volume_comes_back_with_it(
-    server: IscsiServer, daemon: Daemon
-) -> None:
-    writes(daemon.device("a", server.source()), 0, PATTERN)
-    server.kill()
-    pid = daemon.kill_qsd("a")
-    eventually(lambda: daemon.show("a")["failure"] is not None, "the volume says that it failed")
-    server.start()
-    eventually(lambda: daemon.replaced("a", pid), "a successor serves it", 40)
-    assert reads(str(daemon.show("a")["device"]), 0, len(PATTERN)) == PATTERN
 
 
 def test_a_disk_that_shrinks_fails_what_is_behind_its_end(server: IscsiServer, daemon: Daemon, disk: Path) -> None:

@@ -10,13 +10,15 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 from urllib.parse import quote
 
 import pytest
 
 from storaged.errors import ErrorCode
+from tests.backends.accidents import Backed, ServerAccidents
 from tests.backends.servers import EXPORT, Load, NbdServer, network
-from tests.harness import Daemon, as_json, error_of, eventually, image, mounted, reads, refuses, run, writes
+from tests.harness import Daemon, as_json, error_of, eventually, image, mounted, reads, refuses, run, size_of, writes
 
 MIB = 1 << 20
 PATTERN = bytes(range(256)) * 256
@@ -241,32 +243,16 @@ def test_readers_share(server: NbdServer, daemon: Daemon, source: str) -> None:
 # Accidents. QEMU looks for a lost server after 1, 2, 4, … and at most 16 seconds (nbd/client-connection.c).
 
 
-def test_the_server_is_killed_under_load_and_started_again(
-    server: NbdServer, daemon: Daemon, source: str, place: Path, disk: Path
-) -> None:
-    load = Load(daemon.device("a", source), place, seconds=4)
-    time.sleep(1)
-    server.kill()
-    time.sleep(2)
-    assert load.runs
-    server.start()
-    load.succeeded()
-    daemon.detach("a")
-    load.is_in(disk)
+@pytest.fixture
+def backed(server: NbdServer, source: str) -> Backed:
+    """For the accidents that befall all servers."""
+    return Backed(server, source)
 
 
-def test_the_server_is_stopped_under_load_and_goes_on(
-    server: NbdServer, daemon: Daemon, source: str, place: Path, disk: Path
-) -> None:
-    load = Load(daemon.device("a", source), place, seconds=3)
-    time.sleep(1)
-    server.signal(signal.SIGSTOP)
-    time.sleep(4)
-    assert load.runs
-    server.signal(signal.SIGCONT)
-    load.succeeded()
-    daemon.detach("a")
-    load.is_in(disk)
+class TestAccidents(ServerAccidents):
+    """Those that befall all servers."""
+
+    soon: ClassVar = {"open-timeout": "1"}
 
 
 def test_the_network_is_cut_for_twenty_seconds(
@@ -305,46 +291,6 @@ def readable(device: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("away", ["killed", "stopped"])
-def test_a_detach_by_force_ends_while_the_server_is_away(
-    server: NbdServer, daemon: Daemon, source: str, place: Path, away: str
-) -> None:
-    load = Load(daemon.device("a", source), place, seconds=4)
-    time.sleep(1)
-    if away == "killed":
-        server.kill()
-    else:
-        server.signal(signal.SIGSTOP)
-    time.sleep(1)
-    daemon.detach("a", force=True, timeout=30)
-    assert daemon.names() == []
-    load.kill()
-
-
-def test_another_daemon_adopts_it(server: NbdServer, daemon: Daemon, source: str, place: Path, disk: Path) -> None:
-    before = daemon.attach("a", source)
-    load = Load(before["device"], place, seconds=2)
-    daemon.kill()
-    daemon.start()
-    assert daemon.attach("a", source)["device"] == before["device"]
-    assert daemon.show("a")["qsd_pid"] == before["qsd_pid"]
-    load.succeeded()
-    daemon.detach("a")
-    load.is_in(disk)
-
-
-def test_qsd_dies_while_the_server_is_away_and_the_volume_comes_back_with_it(
-    server: NbdServer, daemon: Daemon, source: str
-) -> None:
-    writes(daemon.device("a", source, options={"open-timeout": "1"}), 0, PATTERN)
-    server.kill()
-    pid = daemon.kill_qsd("a")
-    eventually(lambda: daemon.show("a")["failure"] is not None, "the volume says that it failed")
-    server.start()
-    eventually(lambda: daemon.replaced("a", pid), "a successor serves it", 40)
-    assert reads(str(daemon.show("a")["device"]), 0, len(PATTERN)) == PATTERN
-
-
 def test_a_disk_that_shrinks_ends_qsd_and_not_the_daemon(
     server: NbdServer, daemon: Daemon, source: str, disk: Path
 ) -> None:
@@ -380,18 +326,12 @@ def grows(server: NbdServer, disk: Path, size: int) -> None:
     server.start()
 
 
-def size_of(device: str) -> int:
-    return int(run("blockdev", "--getsize64", device).stdout)
-
-
 def test_a_disk_that_has_grown_is_served_at_its_old_size_until_a_resize(
     server: NbdServer, daemon: Daemon, source: str, disk: Path
 ) -> None:
     writes(daemon.device("a", source), 0, PATTERN)
     grows(server, disk, 128 * MIB)
-    pid = daemon.kill_qsd("a")
-    eventually(lambda: daemon.replaced("a", pid), "a successor serves it", 40)
-    device = str(daemon.show("a")["device"])
+    device = daemon.replace_qsd("a")
     assert size_of(device) == 64 * MIB
     assert reads(device, 0, len(PATTERN)) == PATTERN
     assert daemon.show("a")["source_size"] == 128 * MIB
@@ -439,9 +379,7 @@ def test_a_snapshot_does_not_mind_that_its_source_has_grown(
     writes(daemon.device("a", source, snapshot=True), 0, PATTERN)
     grows(server, disk, 128 * MIB)
     writes(str(disk), 64 * MIB, PATTERN)
-    pid = daemon.kill_qsd("a")
-    eventually(lambda: daemon.replaced("a", pid), "a successor serves it", 40)
-    device = str(daemon.show("a")["device"])
+    device = daemon.replace_qsd("a")
     assert size_of(device) == 64 * MIB
     assert reads(device, 0, len(PATTERN)) == PATTERN
     daemon.call("Resize", name="a", size=96 * MIB)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +11,11 @@ from urllib.parse import quote
 import pytest
 
 from storaged.errors import ErrorCode
+from tests.backends.accidents import Backed, ServerAccidents
 from tests.backends.nfs_server import NfsServer
 from tests.backends.servers import Load, network
 from tests.backends.within import opened_within
-from tests.harness import Daemon, as_json, error_of, eventually, image, mounted, reads, refuses, run, writes
+from tests.harness import Daemon, as_json, error_of, image, mounted, reads, refuses, run, size_of, writes
 
 MIB = 1 << 20
 PATTERN = bytes(range(256)) * 256
@@ -165,17 +165,15 @@ def test_a_file_that_has_grown_is_served_at_its_old_size_until_a_resize(
     daemon.attach("a", source)
     size = disk.stat().st_size
     os.truncate(disk, 2 * size)
-    pid = daemon.kill_qsd("a")
-    eventually(lambda: daemon.replaced("a", pid), "a successor serves it", 40)
-    device = str(daemon.show("a")["device"])
-    assert run("blockdev", "--getsize64", device).stdout.strip() == str(size)
+    device = daemon.replace_qsd("a")
+    assert size_of(device) == size
     daemon.cli("resize", "a")
-    assert run("blockdev", "--getsize64", device).stdout.strip() == str(2 * size)
+    assert size_of(device) == 2 * size
     os.truncate(disk, 3 * size)
     assert error_of(lambda: daemon.call("Resize", name="a", size=2 * size + MIB)).code is ErrorCode.INVALID_SIZE
     assert disk.stat().st_size == 3 * size
     daemon.cli("resize", "a")
-    assert run("blockdev", "--getsize64", device).stdout.strip() == str(3 * size)
+    assert size_of(device) == 3 * size
 
 
 def test_nothing_is_kept_without_a_cache(server: NfsServer, daemon: Daemon, source: str) -> None:
@@ -202,32 +200,14 @@ def test_readers_share(server: NfsServer, daemon: Daemon, source: str) -> None:
 # Accidents
 
 
-def test_the_server_is_killed_under_load_and_started_again(
-    server: NfsServer, daemon: Daemon, source: str, place: Path, disk: Path
-) -> None:
-    load = Load(daemon.device("a", source), place, seconds=4)
-    time.sleep(1)
-    server.kill()
-    time.sleep(2)
-    assert load.runs
-    server.start()
-    load.succeeded()
-    daemon.detach("a")
-    load.is_in(disk)
+@pytest.fixture
+def backed(server: NfsServer, source: str) -> Backed:
+    """For the accidents that befall all servers."""
+    return Backed(server, source)
 
 
-def test_the_server_is_stopped_under_load_and_goes_on(
-    server: NfsServer, daemon: Daemon, source: str, place: Path, disk: Path
-) -> None:
-    load = Load(daemon.device("a", source), place, seconds=3)
-    time.sleep(1)
-    server.signal(signal.SIGSTOP)
-    time.sleep(4)
-    assert load.runs
-    server.signal(signal.SIGCONT)
-    load.succeeded()
-    daemon.detach("a")
-    load.is_in(disk)
+class TestAccidents(ServerAccidents):
+    """Those that befall all servers."""
 
 
 def test_the_network_is_cut_for_eight_seconds(
@@ -242,48 +222,6 @@ def test_the_network_is_cut_for_eight_seconds(
     load.succeeded()
     daemon.detach("a")
     load.is_in(disk)
-
-
-@pytest.mark.parametrize("away", ["killed", "stopped"])
-def test_a_detach_by_force_ends_while_the_server_is_away(
-    server: NfsServer, daemon: Daemon, source: str, place: Path, away: str
-) -> None:
-    load = Load(daemon.device("a", source), place, seconds=4)
-    time.sleep(1)
-    if away == "killed":
-        server.kill()
-    else:
-        server.signal(signal.SIGSTOP)
-    time.sleep(1)
-    daemon.detach("a", force=True, timeout=30)
-    assert daemon.names() == []
-    load.kill()
-
-
-def test_another_daemon_adopts_it(
-    server: NfsServer, daemon: Daemon, source: str, place: Path, disk: Path
-) -> None:
-    before = daemon.attach("a", source)
-    load = Load(before["device"], place, seconds=2)
-    daemon.kill()
-    daemon.start()
-    assert daemon.attach("a", source)["device"] == before["device"]
-    assert daemon.show("a")["qsd_pid"] == before["qsd_pid"]
-    load.succeeded()
-    daemon.detach("a")
-    load.is_in(disk)
-
-
-def test_qsd_dies_while_the_server_is_away_and_the_volume_comes_back_with_it(
-    server: NfsServer, daemon: Daemon, source: str
-) -> None:
-    writes(daemon.device("a", source), 0, PATTERN)
-    server.kill()
-    pid = daemon.kill_qsd("a")
-    eventually(lambda: daemon.show("a")["failure"] is not None, "the volume says that it failed")
-    server.start()
-    eventually(lambda: daemon.replaced("a", pid), "a successor serves it", 40)
-    assert reads(str(daemon.show("a")["device"]), 0, len(PATTERN)) == PATTERN
 
 
 def test_what_qemu_args_prints_opens_it(server: NfsServer, daemon: Daemon, source: str, disk: Path) -> None:

@@ -8,9 +8,7 @@ import os
 import shutil
 import signal
 import socket
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,23 +18,11 @@ from tests.backends.ceph_cluster import NAMESPACE, POOL, READER, USER, CephClust
 from tests.backends.secrecy import secret_is_nowhere
 from tests.backends.servers import Load
 from tests.backends.within import opened_within
-from tests.harness import Daemon, as_json, error_of, eventually, mounted, reads, refuses, run, writes
+from tests.harness import Daemon, as_json, error_of, eventually, mounted, reads, refuses, run, size_of, writes
 
 MIB = 1 << 20
 PATTERN = bytes(range(256)) * 256
 pytestmark = pytest.mark.timeout(100)
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[CephCluster]:
-    """One cluster for all tests, each of which has its own image."""
-    with tempfile.TemporaryDirectory(prefix="sd-ceph-", dir="/var/tmp") as name:
-        found = CephCluster(Path(os.path.realpath(name)))
-        try:
-            found.start()
-            yield found
-        finally:
-            found.stop()
 
 
 @pytest.fixture
@@ -434,18 +420,12 @@ def test_a_successor_serves_at_once_and_writes_when_its_predecessor_is_known_to_
 # Another size, another image
 
 
-def size_of(device: str) -> int:
-    return int(run("blockdev", "--getsize64", device).stdout)
-
-
 def test_an_image_that_has_grown_is_served_at_its_old_size_until_a_resize(
     cluster: CephCluster, daemon: Daemon, source: str, disk: str, place: Path
 ) -> None:
     writes(daemon.device("a", source), 0, PATTERN)
     cluster.rbd("resize", "--no-progress", disk, "--size", "128M")
-    pid = daemon.kill_qsd("a")
-    eventually(lambda: daemon.replaced("a", pid), "a successor serves it", 40)
-    device = str(daemon.show("a")["device"])
+    device = daemon.replace_qsd("a")
     assert size_of(device) == 64 * MIB
     assert reads(device, 0, len(PATTERN)) == PATTERN
     assert daemon.show("a")["source_size"] == 128 * MIB

@@ -17,7 +17,7 @@ from storaged.errors import ErrorCode
 from tests.backends.servers import Load
 from tests.backends.ssh_server import SshServer
 from tests.backends.within import opened_within
-from tests.harness import Daemon, error_of, eventually, image, mounted, reads, refuses, run, writes
+from tests.harness import Daemon, error_of, eventually, image, mounted, reads, refuses, run, size_of, writes
 
 MIB = 1 << 20
 PATTERN = bytes(range(256)) * 256
@@ -86,12 +86,10 @@ def test_a_file_that_has_grown_is_served_at_its_old_size_and_nothing_of_it_is_wr
         error = error_of(lambda wish=wish: daemon.call("Resize", name="a", **wish))  # type: ignore[misc]  # a default
         assert error.code is ErrorCode.UNSUPPORTED
         assert "storaged upgrade a" in error.hint
-    pid = daemon.kill_qsd("a")
-    eventually(lambda: daemon.replaced("a", pid), "a successor serves it", 40)
-    device = str(daemon.show("a")["device"])
-    assert run("blockdev", "--getsize64", device).stdout.strip() == str(64 * MIB)
+    device = daemon.replace_qsd("a")
+    assert size_of(device) == 64 * MIB
     daemon.cli("resize", "a")
-    assert run("blockdev", "--getsize64", device).stdout.strip() == str(128 * MIB)
+    assert size_of(device) == 128 * MIB
     assert reads(device, 128 * MIB - len(PATTERN), len(PATTERN)) == PATTERN
     assert disk.read_bytes()[-len(PATTERN):] == PATTERN
 

@@ -21,6 +21,7 @@ from tests.harness import (
     mounted,
     reads,
     run,
+    size_of,
     writes,
 )
 
@@ -92,7 +93,7 @@ def test_resize_grows_image_and_device_while_it_is_mounted(
     device = daemon.device("a", source, format=format, transport=transport)
     if not TRANSPORTS[transport].grows:
         assert error_of(lambda: daemon.call("Resize", name="a", size=128 << 20)).code is ErrorCode.UNSUPPORTED
-        assert run("blockdev", "--getsize64", device).stdout.strip() == str(64 << 20)
+        assert size_of(device) == 64 << 20
         assert daemon.show("a")["size"] == 64 << 20
         return
     run("mkfs.ext4", "-q", device)
@@ -102,7 +103,7 @@ def test_resize_grows_image_and_device_while_it_is_mounted(
             daemon.cli("resize", "a", "128M")
         else:
             assert daemon.call("Resize", name="a", size=128 << 20)["volume"]["size"] == 128 << 20
-        assert run("blockdev", "--getsize64", device).stdout.strip() == str(128 << 20)
+        assert size_of(device) == 128 << 20
     run("fsck.ext4", "-fy", device)  # resize2fs wants a check after the last mount
     run("resize2fs", device)
     with mounted(device, place / "mnt") as directory:
@@ -120,7 +121,7 @@ def test_a_source_that_has_grown_is_served_at_its_old_size_until_a_resize(
     former = daemon.kill_qsd("a")
     eventually(lambda: daemon.replaced("a", former), "a successor serves it")
     device = str(daemon.show("a")["device"])
-    assert run("blockdev", "--getsize64", device).stdout.strip() == str(64 << 20)
+    assert size_of(device) == 64 << 20
     assert reads(device, 4096, len(PATTERN)) == PATTERN
     assert daemon.show("a")["source_size"] == 128 << 20
     if not TRANSPORTS[transport].grows:
@@ -131,7 +132,7 @@ def test_a_source_that_has_grown_is_served_at_its_old_size_until_a_resize(
     with mounted(device, place / "mnt") as directory:
         (directory / "file").write_bytes(PATTERN)
         daemon.cli("resize", "a")
-        assert run("blockdev", "--getsize64", device).stdout.strip() == str(128 << 20)
+        assert size_of(device) == 128 << 20
     run("fsck.ext4", "-fy", device)
     run("resize2fs", device)
     with mounted(device, place / "mnt") as directory:

@@ -12,7 +12,7 @@ import pytest
 
 from storaged.errors import ErrorCode
 from tests.contract.conftest import HERE
-from tests.harness import Daemon, error_of, eventually, image, leftovers, reads, run, writes
+from tests.harness import Daemon, error_of, eventually, image, leftovers, reads, size_of, writes
 
 PATTERN = b"reviewed" * 8192
 
@@ -88,7 +88,7 @@ def test_a_source_that_grew_while_nobody_served_it_keeps_its_size_below_the_devi
     eventually(lambda: stopped.replaced("a", former), "served", timeout=40)
     seen = stopped.show("a")
     assert seen["source_size"] == source.stat().st_size
-    assert run("blockdev", "--getsize64", seen["device"]).stdout.strip() == str(seen["source_size"] - (1 << 20))
+    assert size_of(seen["device"]) == seen["source_size"] - (1 << 20)
     stopped.detach("a", timeout=60)
 
 

@@ -15,7 +15,7 @@ import pytest
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host.chain import MAX_CHAIN, ImageFile, inspect_chain
 from storaged.model.formats import Format
-from tests.harness import luks_image
+from tests.harness import luks_image, run
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-img is not installed")
 
@@ -222,19 +222,14 @@ def test_an_image_larger_than_the_kernel_can_address_is_refused(tmp_path: Path) 
 
 
 def test_a_block_device_is_measured_and_known_by_its_number(tmp_path: Path) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("needs root to set up a loop device")
     raw = create(tmp_path / "raw", "raw")
-    done = subprocess.run(["losetup", "--find", "--show", raw], capture_output=True, text=True, timeout=60)
-    if done.returncode != 0:
-        pytest.skip(f"no loop devices here: {done.stderr.strip()}")
-    device = done.stdout.strip()
+    device = run("losetup", "--find", "--show", raw).stdout.strip()
     try:
         (image,) = inspect(Path(device), "raw")
         assert image.size == image.virtual_size == 8 * MIB
         assert image.block_device == os.stat(device).st_rdev
     finally:
-        subprocess.run(["losetup", "--detach", device], check=True, timeout=60)
+        run("losetup", "--detach", device)
 
 
 # Backing files

@@ -25,6 +25,7 @@ from tests.harness import (
     reads,
     refuses,
     run,
+    size_of,
     with_config,
     writes,
 )
@@ -87,7 +88,7 @@ def test_options_say_what_the_source_leaves_out(cluster: Cluster, daemon: Daemon
     pool, inode = cluster.number_of(image)
     device = fuse(daemon, "a", f"vitastor:pool={pool}:inode={inode}:size=64M", options={"etcd-host": cluster.etcd})
     assert reads(device, 0, len(PATTERN)) == PATTERN
-    assert int(run("blockdev", "--getsize64", device).stdout) == 64 * MIB
+    assert size_of(device) == 64 * MIB
 
 
 def test_what_qemu_args_prints_opens_it(cluster: Cluster, daemon: Daemon, place: Path) -> None:
