@@ -126,8 +126,14 @@ def _prepare(
     files = [
         (os.path.join(site.directory, SOCKETS), os.R_OK | os.W_OK | os.X_OK), (record.binary, os.R_OK | os.X_OK),
         *((path, os.R_OK | os.W_OK if written else os.R_OK) for path, written in _files(record, wanted)),
-        *((path, os.R_OK | os.W_OK if written else os.R_OK) for path, written in _there(powers)),
+        *(
+            (path, os.R_OK | os.W_OK if written else os.R_OK) for path, written in powers.files
+            if os.path.exists(path)
+        ),
     ]
+    if any(written and not os.path.exists(path) for path, written in powers.files):
+        # A socket whose server is away: whose it will be is not known.
+        powers = replace(powers, capabilities=powers.capabilities | {"DAC_OVERRIDE"})
     if wanted is not None and wanted.is_open_ended and record.spec.allowed_backing:
         # Which of the files there it opens is not known yet.
         further = "DAC_OVERRIDE" if record.spec.writes_source else "DAC_READ_SEARCH"
@@ -219,11 +225,6 @@ def _files(record: Record, wanted: Opening | None) -> Iterator[tuple[str, bool]]
     if record.overlay is not None:
         complete = os.path.lexists(record.overlay)
         yield record.overlay if complete else overlay.new_file(record.overlay), True
-
-
-def _there(powers: Powers) -> Iterator[tuple[str, bool]]:
-    """Of what it needs, files that are missing need no rights; a socket that is missing may come."""
-    return ((path, written) for path, written in powers.files if written or os.path.exists(path))
 
 
 def _keyrings(conf: str) -> Iterator[str]:
