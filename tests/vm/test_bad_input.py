@@ -83,7 +83,7 @@ while True:
         if WHEN == "its first client comes" and b"nbd.sock" in data:
             data = data.replace(b"nbd.sock", b"not.sock")
             trap = socket.socket(socket.AF_UNIX)
-            trap.bind("nbd.sock")
+            trap.bind("tmp/nbd.sock")
             trap.listen()
         seen += data
         monitor.sendall(data)
