@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from storaged.errors import ErrorCode
 from storaged.host import landlock, locks
 from storaged.model.powers import FIRST_USER, USERS
 from tests.contract.conftest import IN_MACHINE
-from tests.harness import Daemon, eventually, image, reads, run, with_config, writes
-from tests.prisoner import Prisoner
+from tests.harness import Daemon, error_of, eventually, image, reads, run, with_config, writes
+from tests.prisoner import QSD, Prisoner
 
 PATTERN = bytes(range(256)) * 16
 SYS_ADMIN, DAC_READ_SEARCH, DAC_OVERRIDE = 1 << 21, 1 << 2, 1 << 1
@@ -219,3 +221,22 @@ def test_a_qsd_of_an_older_daemon_is_adopted_and_its_successor_kept_short(
     if transport != "vhost-user":
         writes(stopped.show("a")["device"], 0, PATTERN)
     stopped.detach("a")
+
+
+def test_an_image_that_is_replaced_after_the_look_is_not_opened(stopped: Daemon, place: Path, transport: str) -> None:
+    program = place / "waits"
+    program.write_text(
+        '#!/bin/sh\n[ "$1" != --chardev ] || { : >tmp/waits; while [ ! -e tmp/go ]; do sleep 0.05; done; }\n'
+        f'exec {QSD} "$@"\n'
+    )
+    program.chmod(0o755)
+    with_config(stopped, f"[qsd]\nbinary = '{program}'\n")
+    stopped.start()
+    source, other = image(place / "a.raw", "raw"), image(place / "b.raw", "raw")
+    directory = Path(stopped.layout.volume_dir("a"))
+    with ThreadPoolExecutor() as threads:
+        failure = threads.submit(error_of, lambda: stopped.attach("a", source, transport=transport))
+        eventually((directory / "tmp/waits").exists, "QSD is about to start")
+        other.rename(source)
+        (directory / "tmp/go").touch()
+        assert failure.result(60).code is ErrorCode.SOURCE_CHANGED
