@@ -35,7 +35,7 @@ KERNEL_ARGUMENTS = (
     "panic=-1 oops=panic "
     # The host may let the machine stand still for a while: that is no lockup.
     "nowatchdog rcupdate.rcu_cpu_stall_suppress=1 "
-    "systemd.show_status=false TERM=dumb audit=0 lsm=capability 8250.nr_uarts=1"
+    "systemd.show_status=false TERM=dumb audit=0 lsm=landlock,capability 8250.nr_uarts=1"
 )
 
 
