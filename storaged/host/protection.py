@@ -75,9 +75,10 @@ def spare(pid: int) -> None:
 def write_no_core(pid: int) -> None:
     """Have a process that will hold secrets write none of its memory to a file when it crashes. It may be gone.
 
+    That of another user stays as it was started (``without_core``), where the daemon has no CAP_SYS_RESOURCE.
     A limit of 1 counts for a core that goes to a program (systemd-coredump), too: vfs_coredump in fs/coredump.c.
     """
-    with contextlib.suppress(ProcessLookupError):
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         resource.prlimit(pid, resource.RLIMIT_CORE, (1, 1))
 
 

@@ -103,6 +103,8 @@ def spawn(
                 hint="install qemu-storage-daemon again, or set qsd.binary in storaged.toml",
             ) from error
     protection.spare(child.pid)
+    if secret:
+        protection.write_no_core(child.pid)
     # It is watched and collected through its pidfd; Popen must neither wait for it nor warn about it.
     child.returncode = 0
     # A child that was not collected keeps its number, even when it is dead already.

@@ -286,6 +286,7 @@ def _families(record: Record, powers: Powers, reaches_servers: bool, uid: int) -
         return seccomp.UNIX
     serves = record.transport in ("nbd", "vhost-user")
     exports_aside = record.spec.format is not Format.RAW or record.spec.snapshot
-    if uid or serves or exports_aside or powers.connects_unix:
+    # Who may mount has other ways.
+    if uid or serves or exports_aside or powers.connects_unix or powers.mounts:
         return seccomp.UNIX + seccomp.NETWORK
     return seccomp.NETWORK
