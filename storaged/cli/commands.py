@@ -311,6 +311,12 @@ def _image(args: argparse.Namespace) -> int:
     return image.run(args, layout_of(args))
 
 
+def _bench(args: argparse.Namespace) -> int:
+    from storaged.cli import bench
+
+    return bench.run(args, layout_of(args), _command(args))
+
+
 def _reload(args: argparse.Namespace) -> int:
     with _client(args) as client:
         changed = _field(client.call("Reload", timeout=_QUICK), "reloaded", dict)
@@ -393,6 +399,7 @@ def _said(wishes: dict[str, Any]) -> dict[str, Any]:
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "attach": _attach,
+    "bench": _bench,
     "completion": _completion,
     "config": _config,
     "daemon": _daemon,

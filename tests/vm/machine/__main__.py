@@ -31,6 +31,7 @@ LOGS = "/run/storaged-vm"
 COLLECT = f"""
 mkdir -p {LOGS}; cd {LOGS}
 dmesg >dmesg.log; journalctl -b --no-pager -o short-monotonic >journal.log
+ps -eo pid,ppid,stat,etimes,time,wchan:20,args >ps.log
 # The boot before, where a test has kept it.
 journalctl -b -1 --no-pager -o short-monotonic >journal-before.log 2>/dev/null || rm journal-before.log
 tar -c .

@@ -33,8 +33,9 @@ KERNEL_ARGUMENTS = (
     "root=/dev/vda rw console=ttyS0 loglevel=5 mitigations=off net.ifnames=0 "
     # What is wrong with the kernel has to end the machine, and to say so on the console.
     "panic=-1 oops=panic "
-    # The host may let the machine stand still for a while: that is no lockup.
-    "nowatchdog rcupdate.rcu_cpu_stall_suppress=1 "
+    # The host may let the machine stand still for a while: that is no lockup, and no timer that does not work (which
+    # the kernel panics of as it boots).
+    "nowatchdog rcupdate.rcu_cpu_stall_suppress=1 no_timer_check "
     "systemd.show_status=false TERM=dumb audit=0 lsm=landlock,capability 8250.nr_uarts=1"
 )
 
