@@ -79,7 +79,8 @@ def test_all_ways_are_measured_in_turns_with_all_that_is_to_be_known_and_nothing
     daemon: Daemon, place: Path, disk: Path
 ) -> None:
     before = digest(disk)
-    done = bench(daemon, disk, *short(place, rounds=2), "--html", place / "r.html", "--svg", place / "r.svg")
+    words = short(place, seconds=0.4, rounds=2)
+    done = bench(daemon, disk, *words, "--html", place / "r.html", "--svg", place / "r.svg")
     assert done.status == 0, done
     assert digest(disk) == before
     assert nothing_of_bench(daemon)
@@ -102,10 +103,12 @@ def test_all_ways_are_measured_in_turns_with_all_that_is_to_be_known_and_nothing
         assert one.is_good
         assert one.fio["job options"]["rw"] == "randread"
         assert {"50", "99", "99.9"} <= one.latency.keys()
-        assert one.cpu["fio"] > 0
+        assert {"fio", "host"} <= one.cpu.keys()
         assert ("qsd" in one.cpu) == (one.way == "fuse")
         assert ("daemon" in one.cpu) == (one.way == "fuse")
+    # The kernel may count by its ticks: a single short run may have none.
     assert sum(one.cpu["qsd"] for one in found.runs if one.way == "fuse") > 0
+    assert sum(one.cpu["fio"] for one in found.runs) > 0
 
 
 def test_what_writes_is_left_out_of_the_usual_jobs_and_refused_of_a_file(daemon: Daemon, place: Path) -> None:
@@ -427,6 +430,22 @@ def test_an_interruption_takes_everything_down_and_keeps_what_was_measured(
     assert not list(place.glob("storaged-bench-*"))
 
 
+def test_an_attach_whose_answer_nobody_waits_for_any_more_is_taken_back(
+    daemon: Daemon, place: Path, throttled: str
+) -> None:
+    server = run("pgrep", "-f", f"nbdkit.*{place}/t.sock").stdout.split()
+    assert len(server) == 1
+    os.kill(int(server[0]), signal.SIGSTOP)
+    child = start(daemon, throttled, *short(place), "--transports", "fuse", "-o", "open-timeout=2")
+    eventually(daemon.names, "the attach is under way")
+    child.send_signal(signal.SIGTERM)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == 130, said
+    assert "interrupted before anything was measured" in said
+    assert daemon.names() == []
+    assert nothing_of_bench(daemon)
+
+
 def test_what_a_killed_benchmark_leaves_is_told_by_the_next(daemon: Daemon, place: Path) -> None:
     child = start(daemon, place, "--scratch", "16M", *short(place, WRITES, 30.0, 1), "--transports", "fuse")
     eventually(lambda: bench_volumes(daemon), "the volume is online")
@@ -466,16 +485,16 @@ def test_reports_are_compared(daemon: Daemon, place: Path, disk: Path) -> None:
         refused(daemon, ErrorCode.INVALID_ARGUMENT, "compare", *(place / word for word in words))
 
 
-#: Requests of 4096 bytes a second: few, so that no other load of the machine keeps anybody from them. Seconds.
-LIMIT, BURST = 500, 0.1
-DEPTH, SECONDS, ROUNDS = 4, 0.6, 3
+#: Requests of 4096 bytes a second: few, so that no other load of the machine keeps anybody from them; and for how many
+#: seconds of standing still the server makes up.
+LIMIT, BURST = 200, 0.2
+DEPTH, SECONDS, ROUNDS = 4, 1.0, 3
 
 
 @pytest.fixture
 def throttled(place: Path) -> Iterator[str]:
     """A disk behind a server that lets LIMIT requests a second through, however many processors there are."""
     socket = place / "t.sock"
-    # What BURST seconds would let through goes at once.
     server = subprocess.Popen([
         "nbdkit", "-f", "-U", str(socket), "--filter=rate", "memory", "64M", f"rate={LIMIT * 4096 * 8}",
         f"burstiness={BURST}",
@@ -516,11 +535,12 @@ def disagreement(daemon: Daemon, place: Path, uri: str) -> str:
     return f"{missed} {figures} {by_hand}" if missed else ""
 
 
+@pytest.mark.timeout(400)
 def test_on_a_node_of_known_speed_all_ways_agree_with_plain_fio_within_the_interval(
     daemon: Daemon, place: Path, throttled: str
 ) -> None:
-    """An interval of 95 % misses once in 20 times; three times in a row is no chance."""
+    """An interval of 95 % misses once in 20 times, and there are three of them; four times in a row is no chance."""
     tries: list[str] = []
-    while not tries or (tries[-1] and len(tries) < 3):
+    while not tries or (tries[-1] and len(tries) < 4):
         tries.append(disagreement(daemon, place, throttled))
     assert tries[-1] == "", tries
