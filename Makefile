@@ -12,7 +12,7 @@ PYTEST_ARGS ?=
 MACHINE ?= trixie
 VM_CONTRACT := tests/contract/test_transport.py tests/contract/test_transport_removal.py \
 	tests/contract/test_transport_accidents.py tests/contract/test_transport_trouble.py \
-	tests/contract/test_transport_flush.py
+	tests/contract/test_transport_flush.py tests/contract/test_confinement.py
 VM_SYSTEM := tests/vm
 VM_TESTS ?= $(VM_SYSTEM) $(VM_CONTRACT)
 export MACHINE

@@ -74,9 +74,9 @@ class Volume:
     """A volume as wished for and as observed. Sizes in bytes, times in seconds since the epoch.
 
     layers are the images that were opened, the disk first; there are none before it is open.
-    A volume for a virtual machine has a socket in place of a device. deaths is how often its QSD has died, paused for
-    how many seconds I/O waited at the last recovery. history has the newest last; only Show tells it. file is
-    what wishes for the volume at each boot, if there is one.
+    A volume for a virtual machine has a socket in place of a device. qsd_confinement says what its QSD was left of the
+    host. deaths is how often its QSD has died, paused for how many seconds I/O waited at the last recovery. history has
+    the newest last; only Show tells it. file is what wishes for the volume at each boot, if there is one.
     """
 
     name: str
@@ -98,6 +98,7 @@ class Volume:
     logical_block_size: int | None
     qsd_pid: int | None
     qsd_version: str | None
+    qsd_confinement: str | None
     overlay: str | None
     failure: Failure | None
     condition: Condition | None

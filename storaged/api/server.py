@@ -236,6 +236,7 @@ class Service(interface.StoragedInterface):
             logical_block_size=spec.logical_block_size if record else None,
             qsd_pid=record.process.pid if record and record.process and volume.attachment.qsd.alive else None,
             qsd_version=(record.qsd_version or None) if record else None,
+            qsd_confinement=_confinement(record) if record and record.process else None,
             overlay=record.overlay if record else None,
             failure=None if volume.failure is None else interface.Failure(
                 volume.failure.code.value, volume.failure.message, volume.failure.step, volume.failure.cause,
@@ -252,6 +253,11 @@ class Service(interface.StoragedInterface):
             file=self._manager.file_of(spec.name),
             layers=_layers(record),
         )
+
+
+def _confinement(record: Record) -> str:
+    found = record.confinement
+    return str(found) if found is not None else "none: it may do all that the daemon which started it may"
 
 
 def _layers(record: Record | None) -> list[interface.Layer]:

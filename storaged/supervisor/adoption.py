@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import process
 from storaged.model.record import ProcessIdentity, Record
 from storaged.model.spec import VolumeSpec
 from storaged.qsd.process import pidfile
+from storaged.supervisor.confinement import SOCKETS
 from storaged.supervisor.records import load_record
 from storaged.transports import TRANSPORTS
 from storaged.transports.base import Site
@@ -42,6 +45,7 @@ def find_in_doubt(spec: VolumeSpec, site: Site, servers: list[ProcessIdentity]) 
         return Record(
             spec=spec, transport=transport.name, transport_reason="found without a record", binary="",
             process=server, served_by=server, device=found.device, diskseq=found.diskseq, socket=found.socket,
+            sockets=SOCKETS if os.path.isdir(os.path.join(site.directory, SOCKETS)) else "",
         )
     return None
 

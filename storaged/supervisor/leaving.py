@@ -23,7 +23,7 @@ from storaged.qsd.sideexport import side_export
 from storaged.qsd.version import aborts_with_iothread, parse_version
 from storaged.supervisor import fetching, overlay
 from storaged.supervisor.holding import Holding
-from storaged.transports.nbd import NBD_SOCKET
+from storaged.transports.nbd import nbd_socket
 
 #: A way to the disk beside its export, for a flush.
 _FLUSH_EXPORT = "flush"
@@ -151,7 +151,7 @@ async def hand_over(held: Holding, timeout: float, **changes: object) -> None:
 
 async def _flush(held: Holding, session: Session, timeout: float) -> None:
     """Flush the disk by an export of its own: QMP has no command for it, and closing a node reports no failure."""
-    server = NBD_SOCKET if held.transport.reconnects else None
+    server = nbd_socket(held.known()) if held.transport.reconnects else None
 
     def work(path: str) -> None:
         try:

@@ -34,7 +34,7 @@ def words(
         ["--ioengine=libiscsi", "--initiator=iqn.2008-11.org.linux-kvm",
          "--filename=iscsi\\://h\\:3260/iqn.2000-01.a\\:b/1"],
     ),
-    ("nfs://h/srv/x/d.raw", {}, ["--ioengine=nfs", "--nfs_url=nfs://h/srv/x", "--filename=/d.raw"]),
+    ("nfs://h/srv/x/d.raw", {}, ["--ioengine=nfs", "--nfs_url=nfs://h/srv/x?uid=0&gid=0", "--filename=/d.raw"]),
     (
         "nfs://h/d.raw?uid=7&gid=8", {},
         ["--ioengine=nfs", "--nfs_url=nfs://h/?uid=7&gid=8", "--filename=/d.raw"],
