@@ -105,9 +105,14 @@ class SshBackend(NetworkDefaults):
         return Requirements(agent_key=_KEY) if _KEY in options else NO_REQUIREMENTS
 
     def powers(self, location: str, options: Mapping[str, str]) -> Powers:
-        """libssh has to find its user among those of the host, and an agent answers its own user and root alone."""
+        """libssh has to find its user among those of the host, and an agent answers its own user and root alone.
+
+        Without a key and an agent it tries root's own keys.
+        """
+        own_keys = _KEY not in options and _AGENT not in options
         return Powers(
-            root="ssh wants a user of the host", reads=("/root/.ssh/known_hosts", "/root/.ssh/config"),
+            root="ssh wants a user of the host",
+            reads=("/root/.ssh",) if own_keys else ("/root/.ssh/known_hosts", "/root/.ssh/config"),
             connects_unix=True, files=((options[_AGENT], True),) if _AGENT in options else (),
         )
 

@@ -45,10 +45,8 @@ _OF_FILES = _Right.EXECUTE | _Right.WRITE_FILE | _Right.READ_FILE | _Right.TRUNC
 READ = int(_Right.READ_FILE | _Right.READ_DIR | _Right.IOCTL_DEV)
 RUN = int(READ | _Right.EXECUTE)
 WRITE = int(READ | _Right.WRITE_FILE | _Right.TRUNCATE)
-OWN = int(
-    WRITE | _Right.REMOVE_DIR | _Right.REMOVE_FILE | _Right.MAKE_DIR | _Right.MAKE_REG | _Right.MAKE_SOCK
-    | _Right.MAKE_FIFO
-)
+#: No directories: who can nest them deep enough keeps others from removing them.
+OWN = int(WRITE | _Right.REMOVE_FILE | _Right.MAKE_REG | _Right.MAKE_SOCK | _Right.MAKE_FIFO)
 SOCKETS = int(_Right.MAKE_SOCK | _Right.REMOVE_FILE)
 
 _RULE_PATH_BENEATH = 1
@@ -63,6 +61,27 @@ class Rule:
 
     path: str
     rights: int
+
+
+#: Path → descriptor (None: it is not there) of what ``pin`` was told.
+_pinned: dict[str, int | None] = {}
+
+
+def pin(paths: Iterable[str]) -> None:
+    """Look up paths once and for all, for the rules to come: none of these then waits for the storage below them.
+
+    What is not there by now does not count later. Blocks.
+    """
+    for path in paths:
+        if path not in _pinned:
+            _pinned[path] = _look_up(path)
+
+
+def _look_up(path: str) -> int | None:
+    try:
+        return os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def abi() -> int:
@@ -98,9 +117,9 @@ def restrict(rules: Iterable[Rule]) -> int:
 
 
 def _add(ruleset: int, rule: Rule, handled: int) -> None:
-    try:
-        place = os.open(rule.path, os.O_PATH | os.O_CLOEXEC)
-    except (FileNotFoundError, NotADirectoryError):
+    pinned = rule.path in _pinned
+    place = _pinned[rule.path] if pinned else _look_up(rule.path)
+    if place is None:
         return
     try:
         rights = rule.rights & handled
@@ -111,4 +130,5 @@ def _add(ruleset: int, rule: Rule, handled: int) -> None:
             what = ctypes.c_char_p(struct.pack("=Qi", rights, place))
             syscalls.call("landlock_add_rule", ruleset, _RULE_PATH_BENEATH, what, 0)
     finally:
-        os.close(place)
+        if not pinned:
+            os.close(place)

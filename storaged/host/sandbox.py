@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from storaged.errors import ErrorCode, StoragedError
 from storaged.host import landlock, seccomp, syscalls
 from storaged.host.landlock import Rule
 
@@ -22,7 +23,7 @@ T = TypeVar("T")
 #: include/uapi/linux/capability.h: those that are named somewhere here.
 CAPABILITIES = {
     "DAC_OVERRIDE": 1, "DAC_READ_SEARCH": 2, "KILL": 5, "SETGID": 6, "SETUID": 7, "SETPCAP": 8,
-    "NET_BIND_SERVICE": 10, "IPC_LOCK": 14, "SYS_PTRACE": 19, "SYS_ADMIN": 21,
+    "NET_BIND_SERVICE": 10, "IPC_LOCK": 14, "SYS_PTRACE": 19, "SYS_ADMIN": 21, "SYS_RESOURCE": 24,
 }
 _VERSION_3 = 0x20080522
 #: include/uapi/linux/prctl.h.
@@ -33,8 +34,15 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _Words = ctypes.c_uint32 * 6
 
 
-class CannotConfine(Exception):
+class CannotConfine(StoragedError):
     """Something cannot be given up, and nothing was started."""
+
+    def __init__(self, error: OSError) -> None:
+        """``error``: what the kernel said."""
+        super().__init__(
+            ErrorCode.INTERNAL, "qemu-storage-daemon cannot be kept to what its volume needs", cause=str(error),
+            hint="say sandbox = false in [qsd] of storaged.toml, and report this",
+        )
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ def confined(sandbox: Sandbox, work: Callable[[], T]) -> T:
         try:
             _enter(sandbox)
         except OSError as error:
-            raise CannotConfine(str(error)) from error
+            raise CannotConfine(error) from error
         return work()
 
     return _in_a_thread(confined_work)
@@ -69,14 +77,18 @@ def confined(sandbox: Sandbox, work: Callable[[], T]) -> T:
 def unreachable(sandbox: Sandbox, files: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
     """Return those of the ``files`` (path, and os.R_OK and the like) that a process could not open by its rights.
 
-    Of the sandbox, user and capabilities count. The kernel is asked, in their name. May block as an open does.
+    Of the sandbox, user and capabilities count. The kernel is asked, in their name. May block as an open does. Raises
+    CannotConfine.
     """
     files = list(files)
     if not files:
         return []
 
     def work() -> list[tuple[str, int]]:
-        _become(sandbox)
+        try:
+            _become(sandbox)
+        except OSError as error:
+            raise CannotConfine(error) from error
         return [(path, mode) for path, mode in files if not os.access(path, mode, effective_ids=True)]
 
     return _in_a_thread(work)
@@ -98,6 +110,12 @@ def _is_mapped(path: str, user: int) -> bool:
     with open(path, encoding="ascii") as file:
         ranges = [[int(word) for word in line.split()] for line in file]
     return any(begin <= user < begin + count for begin, _, count in ranges)
+
+
+def had(names: Iterable[str]) -> frozenset[str]:
+    """Return those of the capabilities that this process has itself: no others can be left to what it starts."""
+    mine = effective()
+    return frozenset(name for name in names if mine >> CAPABILITIES[name] & 1)
 
 
 def effective() -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import protection, scope
-from storaged.host.sandbox import CannotConfine, Sandbox, confined
+from storaged.host.sandbox import Sandbox, confined, had
 from storaged.qsd.stderr import WAITS
 
 #: What of its own environment the daemon hands on; TMPDIR is the volume's own.
@@ -68,6 +68,9 @@ def spawn(
     environment = {key: os.environ[key] for key in _ENVIRONMENT if key in os.environ}
     environment["TMPDIR"] = os.path.join(directory, "tmp")
     environment |= further or {}
+    # Then the limit of a process that runs can be set, whoever it is. What else would is one at a time, and a start may
+    # hang on a storage.
+    later = bool(had({"SYS_RESOURCE"}))
     with open(log_file(directory), "ab") as log:
         def start() -> subprocess.Popen[bytes]:
             return subprocess.Popen(
@@ -90,13 +93,8 @@ def spawn(
             )
 
         try:
-            with protection.without_core() if secret else contextlib.nullcontext():
+            with protection.without_core() if secret and not later else contextlib.nullcontext():
                 child = start() if sandbox is None else confined(sandbox, start)
-        except CannotConfine as error:
-            raise StoragedError(
-                ErrorCode.INTERNAL, "qemu-storage-daemon cannot be kept to what its volume needs", cause=str(error),
-                hint="say sandbox = false in [qsd] of storaged.toml, and report this",
-            ) from error
         except OSError as error:
             raise StoragedError(
                 ErrorCode.QSD_MISSING, f"cannot execute {binary}", cause=error.strerror or str(error),

@@ -33,10 +33,11 @@ _TRIES = 64
 #: Bytes of a configuration of Ceph that are read.
 _LONGEST_CONF = 1 << 20
 
-_PROGRAMS = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/opt", "/nix/store", "/gnu/store",
-    # The modules of a QEMU that was upgraded meanwhile (Debian).
-    "/run/qemu",
-)
+_PROGRAMS = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin")
+#: Where programs are that come from elsewhere: one that is below needs all of it.
+_STORES = ("/opt", "/nix/store", "/gnu/store")
+#: The modules of a QEMU that was upgraded meanwhile (Debian).
+_OLD_MODULES = "/run/qemu"
 _SYSTEM = ("/proc", "/sys/block", "/sys/class", "/sys/dev", "/sys/devices", "/dev/random", "/dev/urandom")
 _NOTHING = ("/dev/null", "/dev/zero", "/dev/full")
 #: What programs and libraries read that reach nobody.
@@ -48,8 +49,8 @@ _SETTINGS = tuple(f"/etc/{name}" for name in (
 #: in its place, and a rule is about the file that was there.
 _NETWORK = (
     "/etc", "/run/systemd/resolve", "/run/resolvconf", "/run/NetworkManager", "/run/connman",
-    "/var/lib/ca-certificates", "/var/lib/sss/mc",
 )
+_NETWORK_DATA = ("/var/lib/ca-certificates", "/var/lib/sss/mc")
 
 _MOUNT = ("mount", "umount2")
 _IO_URING = ("io_uring_setup", "io_uring_enter", "io_uring_register")
@@ -147,7 +148,7 @@ def _prepare(
         found = _least(powers.capabilities, uid, files)
     if found is None:
         # Nobody can, and QSD will say so.
-        found = Sandbox(uid, powers.capabilities | {"DAC_OVERRIDE"})
+        found = Sandbox(uid, sandbox.had(powers.capabilities | {"DAC_OVERRIDE"}))
     rules: tuple[Rule, ...] | None = None
     version = landlock.abi()
     if powers.all_files:
@@ -186,6 +187,18 @@ def give_directory(directory: str, uid: int) -> None:
         ) from error
 
 
+def pin_places() -> None:
+    """Look up what every QSD may reach, while the host's storage answers: a successor's start does not wait for it.
+
+    Not what is replaced by another file now and then, or comes later: /etc and /run. Blocks.
+    """
+    landlock.pin((*_PROGRAMS, *_NETWORK_DATA))
+
+
+def _is_below(path: str, directory: str) -> bool:
+    return path.startswith(directory + "/")
+
+
 def _is_local(wanted: Opening) -> bool:
     """A source that was fetched is a file of this host."""
     return bool(wanted.paths)
@@ -210,7 +223,7 @@ def _user(directory: str, lock_directory: str, owner: str) -> tuple[int, int]:
 def _least(capabilities: frozenset[str], uid: int, files: list[tuple[str, int]]) -> Sandbox | None:
     """Return the least that opens all the files; None where no capability helps."""
     for further in (frozenset[str](), frozenset({"DAC_READ_SEARCH"}), frozenset({"DAC_OVERRIDE"})):
-        tried = Sandbox(uid, capabilities | further)
+        tried = Sandbox(uid, sandbox.had(capabilities | further))
         files = sandbox.unreachable(tried, files)
         if not files:
             return tried
@@ -243,13 +256,19 @@ def _keyrings(conf: str) -> Iterator[str]:
 def _rules(
     record: Record, wanted: Opening | None, site: Site, powers: Powers, reaches_servers: bool
 ) -> Iterator[Rule]:
-    for path in (*_PROGRAMS, record.binary):
+    for path in (*_PROGRAMS, _OLD_MODULES, record.binary):
         yield Rule(path, RUN)
-    # Beside a program of another place are its libraries and its data.
-    prefix = os.path.dirname(os.path.dirname(os.path.realpath(record.binary)))
-    for name in ("bin", "lib", "lib64", "libexec", "share"):
-        yield Rule(os.path.join(prefix, name), RUN)
-    for path in (*_SYSTEM, *(_NETWORK if reaches_servers else _SETTINGS), *powers.reads):
+    program = os.path.realpath(record.binary)
+    for store in _STORES:
+        if _is_below(program, store):
+            yield Rule(store, RUN)
+    if not any(_is_below(program, path) for path in _PROGRAMS):
+        # Beside a program of another place are its libraries and its data.
+        prefix = os.path.dirname(os.path.dirname(program))
+        for name in ("bin", "lib", "lib64", "libexec", "share"):
+            yield Rule(os.path.join(prefix, name), RUN)
+    outside = (*_NETWORK, *_NETWORK_DATA) if reaches_servers else _SETTINGS
+    for path in (*_SYSTEM, *outside, *powers.reads):
         yield Rule(path, READ)
     for conf in powers.keyrings_of:
         for path in _keyrings(conf):

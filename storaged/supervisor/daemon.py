@@ -31,6 +31,7 @@ from storaged.model.layout import LOCK_DIR, Layout
 from storaged.observe import journald
 from storaged.observe.serving import serve_metrics
 from storaged.store.local import LocalStore
+from storaged.supervisor import confinement
 from storaged.supervisor.environment import Environment
 from storaged.supervisor.events import EventHub
 from storaged.supervisor.faults import fault_from_environment
@@ -50,6 +51,7 @@ def run(layout: Layout, config_file: str | None) -> int:
     faulthandler.enable()
     service = ServiceManager()
     config = load_config(layout, config_file)
+    confinement.pin_places()
     group, readers = _group(config), _readers(config)
     journald.set_up(config.log_level.upper())
     # Before there is a second thread: it would not inherit what this one gets.

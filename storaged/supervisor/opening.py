@@ -277,8 +277,10 @@ def was_replaced(opening: Opening) -> bool:
     for path, _ in opening.paths:
         try:
             seen = os.stat(path)
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return True
+        except OSError:
+            return False  # of a storage that does not answer nobody knows, and QSD says what is the matter
         is_block = stat.S_ISBLK(seen.st_mode)
         now.add(block_identity(seen.st_rdev) if is_block else file_identity(seen.st_dev, seen.st_ino))
     return not opening.files <= now

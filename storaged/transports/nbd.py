@@ -37,14 +37,14 @@ _DEAD_TIMEOUT = Number("seconds that requests wait for a new QSD", 1, 365 * 8640
 _LOOK_EVERY = 500
 #: Larger requests gain nothing, smaller ones cost much (docs/benchmarks.md).
 _MAX_SECTORS_KB = 1024
-_SOCKET = "nbd.sock"
+SOCKET = "nbd.sock"
 #: Seconds that QSD may take for a handshake: it is on this host, and asks no storage.
 _HANDSHAKE_PATIENCE = 10.0
 
 
 def nbd_socket(record: Record) -> str:
     """The socket of the NBD server, in the volume's directory."""
-    return os.path.join(record.sockets, _SOCKET)
+    return os.path.join(record.sockets, SOCKET)
 
 
 class NbdTransport(HostDevice):

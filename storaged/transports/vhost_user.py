@@ -13,6 +13,7 @@ import contextlib
 import grp
 import os
 import pwd
+import shutil
 import stat
 from collections.abc import Mapping
 from typing import Any
@@ -118,8 +119,7 @@ class VhostUserTransport:
         def work() -> None:
             os.makedirs(site.socket_directory, mode=0o711, exist_ok=True)
             for leftover in (path, _aside(path), _own(site)):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(leftover)
+                _remove(leftover)
 
         await site.blocking("prepare the socket", timeout, work)
 
@@ -147,7 +147,7 @@ class VhostUserTransport:
                 os.rename(_own(site), path)
             # Only here nobody can put another thing in its place any more.
             if not stat.S_ISSOCK(os.lstat(path).st_mode):
-                os.unlink(path)
+                _remove(path)
                 raise StoragedError(ErrorCode.DEVICE_FAILED, "qemu-storage-daemon has made no socket")
             os.chown(path, record.settings["uid"], record.settings["gid"], follow_symlinks=False)
             os.chmod(path, 0o660)
@@ -198,9 +198,8 @@ class VhostUserTransport:
             users: list[str] = []
             with contextlib.suppress(OSError):  # the names are help
                 users = clients_of(path, _server(record), _bound(site, record))
-            for leftover in (path, _aside(path)):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(leftover)
+            for leftover in (path, _aside(path), _own(site)):
+                _remove(leftover)
             return [f"its I/O waits, and may go on when this volume is attached again: {user}" for user in users]
 
         return await site.blocking("take the socket away", timeout, work)
@@ -230,6 +229,16 @@ def _aside(path: str) -> str:
 def _own(site: Site) -> str:
     # Its own part of the volume's directory, as ``Record.sockets`` has it.
     return os.path.join(site.directory, "tmp", "vm.sock")
+
+
+def _remove(path: str) -> None:
+    """Remove whatever is there: in its own directory a QSD that was taken over makes what it likes."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+    except IsADirectoryError:
+        shutil.rmtree(path)
 
 
 def _bound(site: Site, record: Record) -> str:

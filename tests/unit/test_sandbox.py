@@ -183,3 +183,38 @@ def test_a_container_that_has_few_users_gives_none_away(tmp_path: Path) -> None:
     (tmp_path / "map").write_text("         0     100000      65536\n")
     assert sandbox._is_mapped(str(tmp_path / "map"), 65535)
     assert not sandbox._is_mapped(str(tmp_path / "map"), FIRST_USER)
+
+
+def test_what_was_looked_up_before_is_not_looked_up_again(tmp_path: Path) -> None:
+    for name in ("pinned", "later"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "later").rmdir()
+    (tmp_path / "pinned" / "file").write_text("x")
+    landlock.pin(str(tmp_path / name) for name in ("pinned", "later"))
+    (tmp_path / "pinned").rename(tmp_path / "moved")
+    (tmp_path / "later").mkdir()
+    (tmp_path / "later" / "file").write_text("x")
+    program = """
+def readable(name):
+    try:
+        os.close(os.open(f"{sys.argv[1]}/{name}/file", os.O_RDONLY))
+    except PermissionError:
+        return False
+    return True
+print(json.dumps([readable(name) for name in ("moved", "later")]))
+"""
+    rules = (*PROGRAMS, *(Rule(str(tmp_path / name), READ) for name in ("pinned", "later")))
+    assert said_by(same_user(rules=rules), program, tmp_path) == [True, False]
+
+
+@as_root
+def test_no_more_is_left_than_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.touch(mode=0o600)
+    tmp_path.chmod(0o755)
+    lacks = sandbox.effective() & ~(1 << sandbox.CAPABILITIES["DAC_READ_SEARCH"])
+    monkeypatch.setattr(sandbox, "effective", lambda: lacks)
+    found = confinement._least(frozenset({"DAC_READ_SEARCH"}), 0, [(str(path), os.R_OK | os.W_OK)])
+    assert found == Sandbox(0, frozenset())
+    found = confinement._least(frozenset(), NOBODY, [(str(path), os.R_OK)])
+    assert found == Sandbox(NOBODY, frozenset({"DAC_OVERRIDE"}))
