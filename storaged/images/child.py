@@ -11,6 +11,9 @@ from storaged.errors import ErrorCode, StoragedError
 from storaged.host import protection
 from storaged.images.provide import Provided
 
+#: A limit of 1 counts for a core that goes to a program, too (host/protection.py).
+_NO_CORE = "1:1"
+
 
 def start(line: Sequence[str], given: Provided, *, stdout: int, stderr: int, keep: Sequence[int] = ()) -> (
     subprocess.Popen[bytes]
@@ -20,8 +23,11 @@ def start(line: Sequence[str], given: Provided, *, stdout: int, stderr: int, kee
     It dies with this process, even if that is killed (PR_SET_PDEATHSIG, by setpriv(1)). It writes no core: secrets are
     in its memory. Raises QSD_MISSING.
     """
-    setpriv = shutil.which("setpriv")
+    setpriv, prlimit = shutil.which("setpriv"), shutil.which("prlimit")
     guard = [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []
+    if prlimit:
+        # Before it reads a secret, and not a moment after.
+        guard = [prlimit, f"--core={_NO_CORE}", *guard]
     try:
         child = subprocess.Popen(
             [*guard, *line], stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, cwd=given.directory,
