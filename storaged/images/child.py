@@ -11,9 +11,6 @@ from storaged.errors import ErrorCode, StoragedError
 from storaged.host import protection
 from storaged.images.provide import Provided
 
-#: A limit of 1 counts for a core that goes to a program, too (host/protection.py).
-_NO_CORE = "1:1"
-
 
 def start(line: Sequence[str], given: Provided, *, stdout: int, stderr: int, keep: Sequence[int] = ()) -> (
     subprocess.Popen[bytes]
@@ -23,13 +20,12 @@ def start(line: Sequence[str], given: Provided, *, stdout: int, stderr: int, kee
     It dies with this process, even if that is killed (PR_SET_PDEATHSIG, by setpriv(1)). It writes no core: secrets are
     in its memory. Raises QSD_MISSING.
     """
-    setpriv, prlimit = shutil.which("setpriv"), shutil.which("prlimit")
+    setpriv = shutil.which("setpriv")
     guard = [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []
-    if prlimit:
-        # Before it reads a secret, and not a moment after.
-        guard = [prlimit, f"--core={_NO_CORE}", *guard]
+    # Inherited, and so there before it reads a secret. This process has the secrets, too.
+    protection.write_no_core(os.getpid())
     try:
-        child = subprocess.Popen(
+        return subprocess.Popen(
             [*guard, *line], stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, cwd=given.directory,
             env=given.environment, pass_fds=[*keep, *given.inherited],
             # No signal of the terminal reaches it: it is ended here, and what it leaves is cleaned up.
@@ -40,5 +36,3 @@ def start(line: Sequence[str], given: Provided, *, stdout: int, stderr: int, kee
             ErrorCode.QSD_MISSING, f"cannot execute {os.path.basename(line[0])}", cause=error.strerror or str(error),
             hint="apt install qemu-utils",
         ) from error
-    protection.write_no_core(child.pid)
-    return child
