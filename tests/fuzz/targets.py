@@ -17,8 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
 from storaged.backends import find_backend
 from storaged.backends.base import NetworkBackend
 from storaged.errors import ErrorCode, StoragedError
@@ -27,8 +25,7 @@ from storaged.model.configcheck import parse_config
 from storaged.model.formats import Format
 from storaged.model.headers import read_header
 from storaged.model.history import Happening, History
-from storaged.model.record import ProcessIdentity, Record
-from storaged.model.spec import Desired, VolumeSpec, check_spec
+from storaged.model.spec import VolumeSpec, check_spec
 from storaged.model.treespec import spelled_out
 from storaged.model.volumefile import parse_volume_file
 from storaged.observe import webconfig
@@ -37,7 +34,7 @@ from storaged.supervisor import adoption, opening, overlay
 from storaged.supervisor.records import record_path
 from storaged.transports import options_of
 from storaged.transports.base import Site
-from tests.unit.fuzzing import answers, is_clean, with_doorkeeper
+from tests.unit.fuzzing import DESIRED, HISTORY, MARK, RECORD, answers, is_clean, with_doorkeeper
 
 Check = Callable[[bytes], None]
 
@@ -139,6 +136,18 @@ def _web_config(place: Path, data: bytes) -> None:
         webconfig.load(str(place / "web.yml"))
 
 
+class _Keeper(logging.Handler):
+    """Keeps the errors that are logged."""
+
+    def __init__(self, kept: list[str]) -> None:
+        super().__init__(logging.ERROR)
+        self._kept = kept
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """As logging.Handler."""
+        self._kept.append(record.getMessage())
+
+
 @contextlib.contextmanager
 def _server() -> Iterator[Check]:
     """A server that does nothing real, in a thread: libFuzzer wants to be called in the first one."""
@@ -158,9 +167,7 @@ def _server() -> Iterator[Check]:
         assert not bugs, bugs
 
     bugs: list[str] = []
-    handler = logging.Handler(logging.ERROR)
-    handler.emit = lambda record: bugs.append(record.getMessage())  # type: ignore[method-assign]  # shorter than a class
-    logging.getLogger().addHandler(handler)
+    logging.getLogger().addHandler(_Keeper(bugs))
     with tempfile.TemporaryDirectory() as name:
         thread = threading.Thread(target=with_doorkeeper, args=(Path(name), work), daemon=True)
         thread.start()
@@ -176,12 +183,6 @@ def _call(method: str, **parameters: object) -> bytes:
     return json.dumps({"method": f"io.storaged.{method}", "parameters": parameters}).encode() + b"\0"
 
 
-_SPEC = VolumeSpec(name="a", source="/a", options={"cache": "none"}, snapshot_dir="/x")
-_PROCESS = ProcessIdentity(pid=4, start_time=5, exe_device=6, exe_inode=7)
-_GOOD_RECORD = Record(
-    spec=_SPEC, transport="fuse", transport_reason="x", binary="/usr/bin/q", process=_PROCESS, served_by=_PROCESS,
-    sources={"file:1:2": True}, settings={"queues": 1}, size=512, device="/dev/loop3", counted=[1, 2],
-)
 _SOURCES = [
     b"/x", b"file:/x", b"host_device:/dev/sdx", b"rbd:pool/ns/image@snap:id=a:conf=/c", b"nfs://h/e/f?uid=1",
     b"nbd://h:1/e", b"nbd+unix:///e?socket=/s", b"nbds://h/e\ntls-certs=/t", b"nbd:h:1:exportname=e",
@@ -196,8 +197,6 @@ _CALLS = [
     b'{"method":"org.varlink.service.GetInfo"}\0', _call("List") + _call("Show", name="b"),
 ]
 
-_MARK = overlay.Mark(path="/x/a.qcow2", inode=3, limit=1 << 30, fingerprint=[[1, 2]])
-
 #: By the name that ``python -m tests.fuzz`` takes.
 TARGETS = {
     "call": Target(_CALLS, _server),
@@ -206,11 +205,11 @@ TARGETS = {
         bytes([number]) + magic.ljust(600, b"\0")
         for number in range(len(Format)) for magic in (b"QFI\xfb\0\0\0\3", b"KDMV\1", b"QED\0", b"LUKS\xba\xbe\0\1")
     ], _plain(_header)),
-    "history": Target([History().encode()], _plain(_history)),
-    "mark": Target([msgspec.json.encode(_MARK)], _in_directory(_mark)),
-    "record": Target([msgspec.json.encode(_GOOD_RECORD)], _in_directory(_record)),
+    "history": Target([HISTORY], _plain(_history)),
+    "mark": Target([MARK], _in_directory(_mark)),
+    "record": Target([RECORD], _in_directory(_record)),
     "source": Target(_SOURCES, _plain(_source)),
     "volume-file": Target([b'source = "rbd:a/b"\nformat = "raw"\n[options]\ncache = "none"\n'], _plain(_volume_file)),
     "web-config": Target([b"basic_auth_users:\n  a: $2b$12$x\n"], _in_directory(_web_config)),
-    "wish": Target([msgspec.json.encode(Desired(spec=_SPEC))], _in_directory(_wish)),
+    "wish": Target([DESIRED], _in_directory(_wish)),
 }

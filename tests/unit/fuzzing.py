@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import uvloop
 from hypothesis import strategies as st
 
@@ -18,8 +19,11 @@ from storaged.api.server import Server
 from storaged.backends import BACKENDS
 from storaged.errors import ErrorCode, StoragedError
 from storaged.model.config import Config
+from storaged.model.history import Happening, History
 from storaged.model.layout import Layout
+from storaged.model.record import ProcessIdentity, Record
 from storaged.model.spec import Desired, VolumeSpec
+from storaged.supervisor import overlay
 from storaged.supervisor.environment import Environment
 from storaged.supervisor.events import EventHub
 from storaged.supervisor.manager import Manager
@@ -132,6 +136,19 @@ def tells_bugs(records: list[logging.LogRecord]) -> list[str]:
     """What the log has of exceptions that nobody foresaw."""
     return [record.getMessage() for record in records if record.exc_info or record.levelno >= logging.ERROR]
 
+
+_SPEC = VolumeSpec(name="a", source="/a", options={"cache": "none"}, snapshot_dir="/x")
+_PROCESS = ProcessIdentity(pid=4, start_time=5, exe_device=6, exe_inode=7)
+#: State files as they are written.
+RECORD = msgspec.json.encode(Record(
+    spec=_SPEC, transport="fuse", transport_reason="x", binary="/usr/bin/q", process=_PROCESS, served_by=_PROCESS,
+    sources={"file:1:2": True}, settings={"queues": 1}, size=512, device="/dev/loop3", counted=[1, 2],
+))
+DESIRED = msgspec.json.encode(Desired(spec=_SPEC))
+MARK = msgspec.json.encode(overlay.Mark(path="/x/a.qcow2", inode=3, limit=1 << 30, fingerprint=[[1, 2]]))
+_journal = History()
+_journal.add(Happening.RECOVERED, "it works", now=1e9, seconds=0.5)
+HISTORY = _journal.encode()
 
 TEXT = st.text(max_size=30) | st.sampled_from(
     ["", "a", "b", "../x", "/", "a/../../etc/shadow", "a" * 70, "\0", "\ud800", "\x1b[31m", "ä", "-", "a-part1", "%s"]

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,27 +23,15 @@ from storaged.model.config import Config
 from storaged.model.configcheck import parse_config
 from storaged.model.history import Happening, History
 from storaged.model.layout import Layout
-from storaged.model.record import ProcessIdentity, Record
-from storaged.model.spec import Desired, VolumeSpec
+from storaged.model.spec import VolumeSpec
 from storaged.model.volumefile import parse_volume_file
 from storaged.store.files import VolumeFiles
 from storaged.store.local import LocalStore
 from storaged.supervisor import adoption, overlay
 from storaged.supervisor.records import record_path
 from storaged.transports.base import Site
-from tests.unit.fuzzing import VALUES
+from tests.unit.fuzzing import DESIRED, HISTORY, MARK, RECORD, VALUES
 
-SPEC = VolumeSpec(name="a", source="/a", options={"cache": "none"}, snapshot_dir="/x")
-PROCESS = ProcessIdentity(pid=4, start_time=5, exe_device=6, exe_inode=7)
-RECORD = msgspec.json.encode(Record(
-    spec=SPEC, transport="fuse", transport_reason="x", binary="/usr/bin/q", process=PROCESS, served_by=PROCESS,
-    sources={"file:1:2": True}, settings={"queues": 1}, size=512, device="/dev/loop3", counted=[1, 2],
-))
-DESIRED = msgspec.json.encode(Desired(spec=SPEC))
-MARK = msgspec.json.encode(overlay.Mark(path="/x/a.qcow2", inode=3, limit=1 << 30, fingerprint=[[1, 2]]))
-_journal = History()
-_journal.add(Happening.RECOVERED, "it works", now=1e9, seconds=0.5)
-HISTORY = _journal.encode()
 DEEP = [b"[" * 5_000, b'{"x":' * 5_000, b'{"x":' + b"[" * 5_000 + b"]" * 5_000 + b"}"]
 
 
