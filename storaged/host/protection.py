@@ -24,6 +24,9 @@ _PR_SET_DUMPABLE = 4
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 #: CAP_SYS_RESOURCE in include/uapi/linux/capability.h.
 _SYS_RESOURCE = 24
+#: A limit of a core, in bytes; 1 counts for one that goes to a program (systemd-coredump), too: vfs_coredump in
+#: fs/coredump.c.
+NO_CORE = 1
 _WITHOUT = "the container or the service must leave CAP_SYS_RESOURCE to the daemon"
 
 #: The daemon is killed for want of memory after all others, a QSD never: oom_score_adj in proc(5). What else the daemon
@@ -71,12 +74,9 @@ def spare(pid: int) -> None:
 
 
 def write_no_core(pid: int) -> None:
-    """Have a process that will hold secrets write none of its memory to a file when it crashes. It may be gone.
-
-    A limit of 1 counts for a core that goes to a program (systemd-coredump), too: vfs_coredump in fs/coredump.c.
-    """
+    """Have a process that will hold secrets write none of its memory to a file when it crashes. It may be gone."""
     with contextlib.suppress(ProcessLookupError):
-        resource.prlimit(pid, resource.RLIMIT_CORE, (1, 1))
+        resource.prlimit(pid, resource.RLIMIT_CORE, (NO_CORE, NO_CORE))
 
 
 def keep_program(pid: int) -> None:

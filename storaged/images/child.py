@@ -8,8 +8,11 @@ import subprocess
 from collections.abc import Sequence
 
 from storaged.errors import ErrorCode, StoragedError
-from storaged.host import protection
+from storaged.host.protection import NO_CORE
 from storaged.images.provide import Provided
+
+# Programs of util-linux, each of which executes what follows it.
+_GUARDS = (("prlimit", f"--core={NO_CORE}:{NO_CORE}", "--"), ("setpriv", "--pdeathsig", "KILL", "--"))
 
 
 def start(line: Sequence[str], given: Provided, *, stdout: int, stderr: int, keep: Sequence[int] = ()) -> (
@@ -18,12 +21,11 @@ def start(line: Sequence[str], given: Provided, *, stdout: int, stderr: int, kee
     """Start a program with all that was provided for it; ``keep`` are further descriptors that it inherits.
 
     It dies with this process, even if that is killed (PR_SET_PDEATHSIG, by setpriv(1)). It writes no core: secrets are
-    in its memory. Raises QSD_MISSING.
+    in its memory, and the limit is there before it reads them (prlimit(1)). Raises QSD_MISSING.
     """
-    setpriv = shutil.which("setpriv")
-    guard = [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []
-    # Inherited, and so there before it reads a secret. This process has the secrets, too.
-    protection.write_no_core(os.getpid())
+    guard = [
+        word for program, *options in _GUARDS if (path := shutil.which(program)) for word in (path, *options)
+    ]
     try:
         return subprocess.Popen(
             [*guard, *line], stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, cwd=given.directory,

@@ -170,8 +170,9 @@ class MetricsServer:
                 if self._is_stopping(_RETRY):
                     return None
             else:
-                self.port = listener.getsockname()[1]
-                log.info("metrics on %s port %d", self._address[0], self.port)
+                port = listener.getsockname()[1]
+                log.info("metrics on %s port %d", self._address[0], port)
+                self.port = port  # the last: who waits for it finds all of the start done
                 return listener
 
     def _admit(self, client: _Client) -> bool:
