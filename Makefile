@@ -2,7 +2,7 @@
 # PYTEST_ARGS is handed to pytest: make test PYTEST_ARGS='-k vduse -x'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup servers demo test test-host test-vm test-vm-contract test-vm-system test-vm-bookworm test-faults fuzz vm-shell lint unit bench-attach bench-vm bench-recovery bench-metrics dkms deb bench-backends clean
+.PHONY: help setup servers demo test test-host test-vm test-vm-contract test-vm-system test-vm-bookworm test-vm-boot test-boot test-faults fuzz vm-shell lint unit bench-attach bench-vm bench-recovery bench-memory bench-metrics dkms deb deb-machines bench-backends clean
 # setup comes first in each list of prerequisites: never run them side by side.
 .NOTPARALLEL:
 
@@ -12,7 +12,7 @@ PYTEST_ARGS ?=
 MACHINE ?= trixie
 VM_CONTRACT := tests/contract/test_transport.py tests/contract/test_transport_removal.py \
 	tests/contract/test_transport_accidents.py tests/contract/test_transport_trouble.py \
-	tests/contract/test_transport_flush.py
+	tests/contract/test_transport_flush.py tests/contract/test_confinement.py
 VM_SYSTEM := tests/vm
 VM_TESTS ?= $(VM_SYSTEM) $(VM_CONTRACT)
 export MACHINE
@@ -53,6 +53,7 @@ test-host: servers lint ## lint and the tests that run on this machine (root)
 test-vm: setup ## the tests that need the test machine, in it (root)
 	@scripts/vm test $(VM_TESTS) $(PYTEST_ARGS)
 	@scripts/power-cut --machine $(MACHINE)
+	@scripts/reboot-test --machine $(MACHINE) --short --volumes 4
 
 # The same in two machines, for CI: one waits more than half of the time, so that two side by side take little longer
 # than the longer of them. Each leaves its logs in a directory of its own.
@@ -62,6 +63,13 @@ test-vm-system: setup
 
 test-vm-contract: setup
 	@scripts/vm --logs last-contract test $(VM_CONTRACT) $(PYTEST_ARGS)
+
+test-vm-boot: setup
+	@scripts/reboot-test --machine $(MACHINE) --logs last-boot --short --volumes 4
+
+test-boot: setup ## reboot and switch off with mounted volumes and dead servers, Debian 13 and 12 (root)
+	@scripts/reboot-test --machine trixie --logs last-boot
+	@scripts/reboot-test --machine bookworm --logs last-boot-bookworm
 
 # Each fault with each transport, use and queue depth; CI runs a part of them within test-vm. A machine for each
 # transport: what one of them does to its kernel is not the other's. The table is written whatever has failed.
@@ -99,6 +107,9 @@ bench-recovery: setup ## how long I/O waits when QSD dies or is rescued, in the 
 		rescue:vduse rescue:nbd all:vduse all:nbd >&2 && cat /run/json' >.cache/bench/recovery.json
 	$(VENV)/python bench/recovery.py calls:fuse all:fuse
 
+bench-memory: setup ## what memory the daemon needs with 500 volumes (root, 8 GiB)
+	$(VENV)/python bench/memory.py
+
 bench-metrics: setup ## how long a scrape of 500 volumes takes, and what it holds up (root)
 	$(VENV)/python bench/metrics.py --real 100
 
@@ -116,6 +127,10 @@ deb: setup ## make the Debian packages for SUITES="bookworm trixie", and try the
 	@scripts/deb $(SUITES)
 	@for suite in $(SUITES); do scripts/try-deb $$suite >.cache/deb/$$suite/try.log || \
 		{ cat .cache/deb/$$suite/try.log; exit 1; }; done
+
+deb-machines: deb ## first volume on a fresh machine by two commands, upgrade under I/O (root, 25 minutes)
+	@scripts/try-deb-upgrade
+	@for suite in $(SUITES); do scripts/first-volume $$suite || exit; done
 
 clean: ## remove everything that was made here: .venv, caches, Debian roots
 	rm -rf --one-file-system .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

@@ -11,10 +11,11 @@ import storaged
 from storaged.api.client import Client
 from storaged.backends import BACKENDS
 from storaged.errors import ErrorCode, StoragedError
-from storaged.host import modules, probe
+from storaged.host import landlock, modules, probe, sandbox
 from storaged.model.diagnosis import MODULES, Facts, Finding, Opener, Status, diagnose, diagnose_kernel
 from storaged.model.kernelconfig import MAX_CONFIG, KernelConfig, Verdict, check, decode_config
 from storaged.model.layout import Layout
+from storaged.model.powers import LAST_USER
 from storaged.qsd.build import build_of
 from storaged.qsd.drivers import drivers_of, reads_only_whole
 from storaged.qsd.process import find_binary
@@ -45,7 +46,7 @@ def examine_kernel(what: str, transport: str | None = None) -> tuple[list[Findin
 
 def gather(layout: Layout, command: str = "storaged") -> Facts:
     """Return the facts of this host."""
-    binary, binaries, config_problem = _configured_qsd(layout)
+    binary, binaries, sandboxed, config_problem = _configured_qsd(layout)
     qsd_path, qsd_output, qsd = probe.qsd(binary)
     nbd, nbd_is_libnbd = probe.libnbd()
     free_loops, loops = probe.loop_devices()
@@ -78,6 +79,9 @@ def gather(layout: Layout, command: str = "storaged") -> Facts:
         openers=_openers(binary, binaries) if qsd is not None or binaries else (),
         curl=shutil.which("curl") is not None,
         rbd=shutil.which("rbd") is not None,
+        sandbox=sandboxed,
+        landlock=landlock.abi(),
+        no_users=sandbox.lacking(LAST_USER),
     )
 
 
@@ -128,18 +132,20 @@ def _kernel_config(what: str) -> tuple[str, KernelConfig]:
     return found
 
 
-def _configured_qsd(layout: Layout) -> tuple[str, Mapping[str, str], str]:
-    """Return the QSD that the configuration names, those of some backends, and what is wrong with the configuration."""
+def _configured_qsd(layout: Layout) -> tuple[str, Mapping[str, str], bool, str]:
+    """Return the QSD that the configuration names, those of some backends, whether they are kept in a sandbox, and what
+    is wrong with the configuration.
+    """
     default = "qemu-storage-daemon"
     try:
         from storaged.host.configfiles import load_config
     except ImportError:  # msgspec is missing, which is a finding of its own
-        return default, {}, ""
+        return default, {}, True, ""
     try:
         qsd = load_config(layout, None).qsd
-        return qsd.binary, qsd.binaries, ""
+        return qsd.binary, qsd.binaries, qsd.sandbox, ""
     except StoragedError as error:
-        return default, {}, error.cause or error.message
+        return default, {}, True, error.cause or error.message
 
 
 def _daemon(layout: Layout, command: str) -> tuple[str, str, str]:

@@ -55,6 +55,7 @@ def stopped(place: Path) -> Iterator[Daemon]:
 def long_lived() -> Iterator[Daemon]:
     """One daemon for many tests: in the emulated machine a start takes seconds."""
     with tempfile.TemporaryDirectory(prefix="sd-", dir="/var/tmp") as name:
+        os.chmod(name, 0o755)  # QSDs are no root, and have to get to their directories
         daemon = Daemon(Path(os.path.realpath(name)) / "root")
         daemon.root.mkdir()
         yield daemon

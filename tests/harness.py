@@ -23,6 +23,13 @@ from storaged.model.layout import Layout
 #: The test machine is slow, and slower yet beside other work.
 _PATIENCE = 3 if os.environ.get("STORAGED_VM") else 1
 STORAGED = [str(Path(sys.executable).with_name("storaged"))]
+#: sd_listen_fds(3): becomes the daemon, to which descriptor 3 is the socket.
+_HANDS_OVER = (
+    "import os, sys\n"
+    "os.dup2(int(sys.argv[1]), 9); os.dup2(9, 3)\n"
+    "os.environ |= {'LISTEN_FDS': '1', 'LISTEN_PID': str(os.getpid())}\n"
+    "os.execv(sys.argv[2], sys.argv[2:])\n"
+)
 
 
 class Daemon:
@@ -34,13 +41,21 @@ class Daemon:
         self.process: subprocess.Popen[bytes] | None = None
         self.log = root.parent / f"{root.name}.log"
 
-    def start(self, *, fault: str = "", command: list[str] | None = None, wait: bool = True) -> None:
-        """Start it and wait until it answers; ``fault`` arms one (storaged.supervisor.faults)."""
+    def start(
+        self, *, fault: str = "", command: list[str] | None = None, wait: bool = True, listener: int | None = None
+    ) -> None:
+        """Start it and wait until it answers; ``fault`` arms one (storaged.supervisor.faults).
+
+        ``listener``: the descriptor of a socket that is handed over, as systemd does.
+        """
         environment = {**os.environ, "STORAGED_FAULT": fault} if fault else dict(os.environ)
+        command = [*(command or []), *STORAGED, "--root", str(self.root), "daemon"]
+        handed: tuple[int, ...] = ()
+        if listener is not None:
+            command, handed = [sys.executable, "-c", _HANDS_OVER, str(listener), *command], (listener,)
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
-                [*(command or []), *STORAGED, "--root", str(self.root), "daemon"],
-                stdout=log, stderr=log, env=environment, start_new_session=True,
+                command, stdout=log, stderr=log, env=environment, start_new_session=True, pass_fds=handed
             )
         if wait:
             eventually(self.answers, "the daemon answers")

@@ -32,6 +32,10 @@ _CONNECT_TIMEOUT = 10
 JSONObject = dict[str, Any]
 
 
+class _Lost(StoragedError):
+    """A daemon had the connection, and went away before it answered."""
+
+
 class Client:
     """One connection to the daemon, made at the first request. One request at a time.
 
@@ -74,9 +78,18 @@ class Client:
 
         ``method`` without an interface is one of io.storaged. Raises StoragedError: what the daemon said,
         DAEMON_UNREACHABLE, PERMISSION_DENIED, or TIMEOUT when nothing came within ``timeout`` seconds.
+        A question is asked once more where the daemon went away with it: what systemd's socket has not handed out yet
+        waits for the next daemon, but the one that ends takes along what it had accepted.
         """
+        begin = time.monotonic()
+        try:
+            self.send(method, parameters)
+            return self.receive(timeout)[0]
+        except _Lost:
+            if not self._only_asks():
+                raise
         self.send(method, parameters)
-        return self.receive(timeout)[0]
+        return self.receive(None if timeout is None else max(0.0, round(begin + timeout - time.monotonic(), 1)))[0]
 
     def stream(self, method: str, parameters: JSONObject | None = None) -> Iterator[JSONObject]:
         """Ask for a stream and yield the parameters of each answer, until the daemon ends it."""
@@ -203,16 +216,15 @@ class Client:
         cause = "the daemon closed the connection before it answered"
         if error is not None and not isinstance(error, BrokenPipeError | ConnectionResetError):
             cause = f"the connection to the daemon broke: {error.strerror}"
-        if not self._method.startswith(f"{INTERFACE}.") or self._method in _READ_ONLY:
-            return self._failure(
-                ErrorCode.DAEMON_UNREACHABLE,
-                "the daemon went away",
-                cause,
-                "try again; if it stays away, look at its log: journalctl -u storaged",
-            )
-        return self._failure(
-            ErrorCode.DAEMON_UNREACHABLE, "the outcome is unknown", cause, f"look with: {self._look()}"
-        )
+        message, hint = "the outcome is unknown", f"look with: {self._look()}"
+        if self._only_asks():
+            message = "the daemon went away"
+            hint = "try again; if it stays away, look at its log: journalctl -u storaged"
+        return _Lost(ErrorCode.DAEMON_UNREACHABLE, message, volume=self._volume, cause=cause, hint=hint)
+
+    def _only_asks(self) -> bool:
+        """Whether the request changes nothing."""
+        return not self._method.startswith(f"{INTERFACE}.") or self._method in _READ_ONLY
 
     def _late(self, timeout: float) -> StoragedError:
         hint = "look at the daemon's log: journalctl -u storaged"
@@ -227,30 +239,11 @@ class Client:
         return StoragedError(code, message, volume=self._volume, cause=cause, hint=hint)
 
     def _translated(self, error: str, parameters: JSONObject) -> StoragedError:
-        """Turn a Varlink error into ours. The daemon may be newer than we are: tolerate what it says."""
-
-        def text(key: str) -> str:
-            value = parameters.get(key)
-            return value if isinstance(value, str) else ""
-
+        """Turn a Varlink error into ours."""
         if error.startswith(f"{INTERFACE}."):
-            users = parameters.get("users")
-            message = text("message") or f"the daemon answered {error}"
-            try:
-                code = ErrorCode(text("code"))
-            except ValueError:
-                code = ErrorCode.INTERNAL
-                if text("code"):
-                    message += f" (with the code {text('code')}, which this version does not know)"
-            return StoragedError(
-                code,
-                message,
-                volume=text("volume") or self._volume,
-                step=text("step"),
-                cause=text("cause"),
-                hint=text("hint"),
-                users=[str(user) for user in users] if isinstance(users, list) else (),
-            )
+            failure = failure_of(parameters, f"the daemon answered {error}")
+            failure.volume = failure.volume or self._volume
+            return failure
         if error == "org.varlink.service.PermissionDenied":
             return self._failure(
                 ErrorCode.PERMISSION_DENIED, "the daemon refuses to do this for you", "", "run this as root"
@@ -262,6 +255,30 @@ class Client:
             f"{error}{detail}",
             "command and daemon may be of different versions: systemctl restart storaged",
         )
+
+
+def failure_of(parameters: JSONObject, otherwise: str) -> StoragedError:
+    """Return the failure that the daemon tells of; ``otherwise`` is its message where it has none.
+
+    The daemon may be newer than we are: tolerate what it says.
+    """
+
+    def text(key: str) -> str:
+        value = parameters.get(key)
+        return value if isinstance(value, str) else ""
+
+    users = parameters.get("users")
+    message = text("message") or otherwise
+    try:
+        code = ErrorCode(text("code"))
+    except ValueError:
+        code = ErrorCode.INTERNAL
+        if text("code"):
+            message += f" (with the code {text('code')}, which this version does not know)"
+    return StoragedError(
+        code, message, volume=text("volume"), step=text("step"), cause=text("cause"), hint=text("hint"),
+        users=[str(user) for user in users] if isinstance(users, list) else (),
+    )
 
 
 def _connect(connection: socket.socket, path: str) -> None:

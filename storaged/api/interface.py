@@ -74,9 +74,9 @@ class Volume:
     """A volume as wished for and as observed. Sizes in bytes, times in seconds since the epoch.
 
     layers are the images that were opened, the disk first; there are none before it is open.
-    A volume for a virtual machine has a socket in place of a device. deaths is how often its QSD has died, paused for
-    how many seconds I/O waited at the last recovery. history has the newest last; only Show tells it. file is
-    what wishes for the volume at each boot, if there is one.
+    A volume for a virtual machine has a socket in place of a device. qsd_confinement says what its QSD was left of the
+    host. deaths is how often its QSD has died, paused for how many seconds I/O waited at the last recovery. history has
+    the newest last; only Show tells it. file is what wishes for the volume at each boot, if there is one.
     """
 
     name: str
@@ -98,6 +98,7 @@ class Volume:
     logical_block_size: int | None
     qsd_pid: int | None
     qsd_version: str | None
+    qsd_confinement: str | None
     overlay: str | None
     failure: Failure | None
     condition: Condition | None
@@ -119,11 +120,30 @@ class QemuArguments:
 
 
 @dataclasses.dataclass
+class FileFailure:
+    """What is wrong with the file of a volume; volume is empty where it is wrong with all of them."""
+
+    volume: str
+    code: str
+    message: str
+    cause: str
+    hint: str
+
+
+@dataclasses.dataclass
 class Reloaded:
-    """Keys of the configuration that got another value: in force now, and those that need a restart of the daemon."""
+    """What a reload has changed, and what it has not.
+
+    applied and needs_restart are keys of the configuration that got another value: in force now, and those that need a
+    restart of the daemon. Of the files of volumes: attaching are the names of new ones, differing those that are
+    attached with other wishes (and stay so), failures tells of those that are wrong; all others count.
+    """
 
     applied: list[str]
     needs_restart: list[str]
+    attaching: list[str]
+    differing: list[str]
+    failures: list[FileFailure]
 
 
 @dataclasses.dataclass
@@ -274,7 +294,10 @@ class StoragedInterface(VarlinkInterface):
 
     @varlinkmethod(return_parameter="reloaded")
     async def Reload(self) -> Reloaded:
-        """Read the configuration and the files of volumes again, as at SIGHUP. With a wrong file nothing is changed."""
+        """Read the configuration and the files of volumes again, as at SIGHUP.
+
+        With a wrong configuration nothing is changed. A wrong file of a volume is in failures; the others count.
+        """
         raise NotImplementedError
 
     @varlinkmethod(return_parameter="event", delay_generator=False)

@@ -198,9 +198,16 @@ class Service(interface.StoragedInterface):
     @varlinkmethod(return_parameter="reloaded")
     @_translated
     async def Reload(self) -> interface.Reloaded:
-        """Read the configuration and the files of volumes again, as at SIGHUP. With a wrong file nothing is changed."""
+        """Read the configuration and the files of volumes again, as at SIGHUP. With a wrong one nothing is changed."""
         changed = await reload(self._manager)
-        return interface.Reloaded(changed.applied, changed.needs_restart)
+        files = changed.files
+        return interface.Reloaded(
+            changed.applied, changed.needs_restart, files.attaching, files.differing,
+            [
+                interface.FileFailure(error.volume, error.code.value, error.message, error.cause, error.hint)
+                for error in files.failures
+            ],
+        )
 
     @varlinkmethod(return_parameter="event", delay_generator=False)
     async def Watch(self, *, name: str | None = None) -> AsyncIterator[interface.Event]:
@@ -229,6 +236,7 @@ class Service(interface.StoragedInterface):
             logical_block_size=spec.logical_block_size if record else None,
             qsd_pid=record.process.pid if record and record.process and volume.attachment.qsd.alive else None,
             qsd_version=(record.qsd_version or None) if record else None,
+            qsd_confinement=_confinement(record) if record and record.process else None,
             overlay=record.overlay if record else None,
             failure=None if volume.failure is None else interface.Failure(
                 volume.failure.code.value, volume.failure.message, volume.failure.step, volume.failure.cause,
@@ -245,6 +253,11 @@ class Service(interface.StoragedInterface):
             file=self._manager.file_of(spec.name),
             layers=_layers(record),
         )
+
+
+def _confinement(record: Record) -> str:
+    found = record.confinement
+    return str(found) if found is not None else "none: it may do all that the daemon which started it may"
 
 
 def _layers(record: Record | None) -> list[interface.Layer]:

@@ -4,6 +4,7 @@ import errno
 import fnmatch
 import logging
 import os
+import time
 from collections.abc import AsyncIterator
 from weakref import WeakKeyDictionary
 
@@ -78,6 +79,7 @@ class StorageProvider(interface.StorageProviderInterface):
         if requestAs not in (None, interface.VolumeType.blk):
             raise interface.TypeNotSupported()
         fd, read_only = await self._open(volume, record, writable and not readOnly, or_less=readOnly is None)
+        volume.attachment.handed_out = time.monotonic()
         log.info(
             "volume %s: a descriptor of %s was handed out, %s", name, record.device,
             "read-only" if read_only else "for writing", extra=about(name),

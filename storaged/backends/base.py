@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+from storaged.model.powers import NO_POWERS, Powers
+
 Node = dict[str, Any]
 """A member of QEMU's BlockdevOptions union (qapi/block-core.json in the QEMU tree)."""
 
@@ -155,6 +157,9 @@ class NetworkBackend(Backend, Protocol):
     def requirements(self, location: str, options: Mapping[str, str]) -> Requirements:
         """Return what QSD must be given before the node."""
 
+    def powers(self, location: str, options: Mapping[str, str]) -> Powers:
+        """Return what QSD needs of the host to reach this source."""
+
     def inquiries(self, location: str, options: Mapping[str, str]) -> tuple[Inquiry, ...]:
         """Return the programs that tell which disk has this name, better than its name and size do."""
 
@@ -193,6 +198,10 @@ class NetworkDefaults(ABC):
     def requirements(self, location: str, options: Mapping[str, str]) -> Requirements:
         """Nothing."""
         return NO_REQUIREMENTS
+
+    def powers(self, location: str, options: Mapping[str, str]) -> Powers:
+        """Nothing: any user will do."""
+        return NO_POWERS
 
     def inquiries(self, location: str, options: Mapping[str, str]) -> tuple[Inquiry, ...]:
         """None is known."""

@@ -15,6 +15,7 @@ from storaged.backends.base import NetworkDefaults, Node
 from storaged.backends.cache import cache_flags
 from storaged.backends.uri import authority_of, bare_host, escaped, refuse, unescaped
 from storaged.errors import ErrorCode, StoragedError
+from storaged.model.powers import Powers
 
 #: Of glusterd.
 DEFAULT_PORT = 24007
@@ -85,6 +86,17 @@ class GlusterBackend(NetworkDefaults):
             "discard": "unmap",
             "cache": cache_flags(options),
         }
+
+    def powers(self, location: str, options: Mapping[str, str]) -> Powers:
+        """libgfapi tells the server its user, as the one whose files these are, and likes a low port.
+
+        It crashes where it cannot write to /proc/self/task/N/comm (gf_thread_set_vname), and Landlock could only let it
+        write to all of /proc.
+        """
+        return Powers(
+            capabilities=frozenset({"NET_BIND_SERVICE"}), root="Gluster's servers look at the user of their client",
+            all_files="Gluster's library crashes under Landlock", connects_unix=bool(_read(location).socket),
+        )
 
     def identity(self, location: str, real_path: Callable[[str], str]) -> str:
         """Volume and path, whoever describes the volume: each server of a cluster does.

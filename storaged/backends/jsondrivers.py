@@ -126,6 +126,7 @@ def _nfs(node: Members, options: Mapping[str, str]) -> tuple[str, Options]:
     said = _taken({key: node.number(member) for key, member in names.items()})
     if said.get("tcp-syncnt") == str(nfs.SYN_COUNT):
         del said["tcp-syncnt"]  # the default, which a source is compared without
+    said = {key: value for key, value in said.items() if key not in ("uid", "gid") or value != "0"}  # so are these
     query = "&".join(f"{key}={value}" for key, value in said.items())
     return f"nfs://{host}{_path(node)}{f'?{query}' if query else ''}", {}
 

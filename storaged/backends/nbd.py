@@ -14,6 +14,7 @@ from storaged.backends.base import NO_REQUIREMENTS, NetworkDefaults, Node, Requi
 from storaged.backends.cache import cache_flags
 from storaged.backends.uri import authority_of, bare_host, escaped, refuse, same_host, unescaped
 from storaged.backends.values import check_numbers
+from storaged.model.powers import NO_POWERS, Powers
 
 DEFAULT_PORT = 10809
 #: The protocol's limit for a string (NBD_MAX_STRING_SIZE in QEMU), in bytes.
@@ -103,6 +104,12 @@ class NbdBackend(NetworkDefaults):
     def requirements(self, location: str, options: Mapping[str, str]) -> Requirements:
         """What TLS needs."""
         return tls.requirements(options) if _read(location).tls else NO_REQUIREMENTS
+
+    def powers(self, location: str, options: Mapping[str, str]) -> Powers:
+        """The socket, or the files that TLS needs."""
+        export = _read(location)
+        of_tls = tls.powers(options) if export.tls else NO_POWERS
+        return of_tls.and_of(Powers(files=((export.socket, True),), connects_unix=True)) if export.socket else of_tls
 
     def identity(self, location: str, real_path: Callable[[str], str]) -> str:
         """The location as it is without TLS (many servers take clients with and without), a unix socket's real path.

@@ -15,6 +15,7 @@ from storaged.backends.base import NetworkDefaults, Node
 from storaged.backends.cache import cache_flags
 from storaged.backends.uri import bare_host, escaped, host_of, refuse, same_host, unescaped
 from storaged.errors import ErrorCode, StoragedError
+from storaged.model.powers import Powers
 
 #: MNTPATHLEN in RFC 1813: of a path that a server is asked to mount, in bytes.
 _LONGEST_PATH = 1024
@@ -70,8 +71,8 @@ class NfsBackend(NetworkDefaults):
     schemes = ("nfs",)
     example = "nfs://HOST/PATH"
     options: Mapping[str, str] = {
-        "uid": "the user's number that the server is told; default: QSD's own, 0 for root",
-        "gid": "the group's number that the server is told; default: QSD's own, 0 for root",
+        "uid": "the user's number that the server is told; default 0, which is root",
+        "gid": "the group's number that the server is told; default 0",
         "tcp-syn-count": "how often the kernel tries again to connect, after 1, 2, 4, … seconds, until a host without "
         "an answer is given up, 1 to 127; default 2 (7 seconds)",
         "readahead-size": "bytes that are read ahead, up to 1048576; not with cache=none or directsync; default: none",
@@ -79,7 +80,9 @@ class NfsBackend(NetworkDefaults):
         "directsync; default: none",
         "debug": "how much libnfs writes into QSD's log, 0 to 2; default 0",
     }
-    defaults: Mapping[str, str] = {"tcp-syn-count": str(SYN_COUNT), "debug": "0"}
+    defaults: Mapping[str, str] = {
+        "uid": "0", "gid": "0", "tcp-syn-count": str(SYN_COUNT), "debug": "0",
+    }
 
     def parse(self, source: str, options: Mapping[str, str]) -> str:
         """Return the file as a URI with its numbers in the query. Raises INVALID_SOURCE, INVALID_ARGUMENT."""
@@ -92,7 +95,9 @@ class NfsBackend(NetworkDefaults):
                     f"option {key}={options[key]!r} says another number than the source", "leave one of them out"
                 )
         self.check_options(options)
-        return str(_File(file.host, file.path, {key: value for key, value in options.items() if key in _LIMITS}))
+        return str(_File(file.host, file.path, {
+            key: value for key, value in options.items() if key in _LIMITS and (key not in _MEMBERS or value != "0")
+        }))
 
     def check_options(self, options: Mapping[str, str]) -> None:
         """They are numbers, and libnfs keeps nothing where QEMU shall keep nothing."""
@@ -119,11 +124,18 @@ class NfsBackend(NetworkDefaults):
             "server": {"type": "inet", "host": bare_host(file.host)},
             "path": file.path,
             "tcp-syn-count": SYN_COUNT,
+            # Else libnfs would say who QSD is, which is nobody that a server knows.
+            "user": 0,
+            "group": 0,
             **{_MEMBERS.get(key, key): int(value) for key, value in file.said.items()},
             "read-only": read_only,
             "discard": "unmap",
             "cache": cache_flags(options),
         }
+
+    def powers(self, location: str, options: Mapping[str, str]) -> Powers:
+        """Some servers insist on a low port."""
+        return Powers(capabilities=frozenset({"NET_BIND_SERVICE"}))
 
     def identity(self, location: str, real_path: Callable[[str], str]) -> str:
         """Server and path; who asks, and how, does not matter."""

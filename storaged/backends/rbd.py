@@ -10,6 +10,7 @@ configuration file. Ceph ignores there what it does not know, so only known opti
 from __future__ import annotations
 
 import json
+import posixpath
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -20,8 +21,11 @@ from storaged.backends.cache import cache_flags
 from storaged.backends.uri import authority_of, bare_host, refuse
 from storaged.backends.values import check_choices, check_numbers
 from storaged.errors import ErrorCode, StoragedError
+from storaged.model.powers import Powers
 
 DEFAULT_USER = "admin"
+#: Where Ceph looks for its configuration and its keyrings.
+_CEPH, _CEPH_DATA = "/etc/ceph", "/var/lib/ceph"
 OPEN_TIMEOUT = 10
 #: Seconds after which a request of the program rbd fails.
 _INQUIRY = "10"
@@ -206,6 +210,16 @@ class RbdBackend(NetworkDefaults):
         ]
         arguments = " ".join(f"--{key}={value}" for key, value in sorted(settings.items()))
         return Requirements(secrets=tuple(secrets), environment={"CEPH_ARGS": arguments})
+
+    def powers(self, location: str, options: Mapping[str, str]) -> Powers:
+        """Ceph's configuration, and its keyrings where no key is given, which are root's or ceph's."""
+        conf = _image_of(location).conf
+        keyrings = "cephx-key-file" not in options
+        return Powers(
+            capabilities=frozenset({"DAC_READ_SEARCH"} if keyrings else ()),
+            reads=(_CEPH, *((conf, posixpath.dirname(conf)) if conf else ()), *((_CEPH_DATA,) if keyrings else ())),
+            keyrings_of=(conf or f"{_CEPH}/ceph.conf",) if keyrings else (), files=((conf, False),) if conf else (),
+        )
 
     def inquiries(self, location: str, options: Mapping[str, str]) -> tuple[Inquiry, ...]:
         """An image that was removed and made anew has other objects; a snapshot another number."""

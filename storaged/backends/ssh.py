@@ -16,6 +16,7 @@ from storaged.backends.base import NO_REQUIREMENTS, NetworkDefaults, Node, Requi
 from storaged.backends.cache import cache_flags
 from storaged.backends.uri import authority_of, bare_host, escaped, refuse, same_host, unescaped
 from storaged.errors import ErrorCode, StoragedError
+from storaged.model.powers import Powers
 
 DEFAULT_PORT = 22
 #: QSD is root, and QEMU takes the user that it runs as where none is said.
@@ -102,6 +103,18 @@ class SshBackend(NetworkDefaults):
         if _AGENT in options:
             return Requirements(environment={"SSH_AUTH_SOCK": options[_AGENT]})
         return Requirements(agent_key=_KEY) if _KEY in options else NO_REQUIREMENTS
+
+    def powers(self, location: str, options: Mapping[str, str]) -> Powers:
+        """libssh has to find its user among those of the host, and an agent answers its own user and root alone.
+
+        Without a key and an agent it tries root's own keys.
+        """
+        own_keys = _KEY not in options and _AGENT not in options
+        return Powers(
+            root="ssh wants a user of the host",
+            reads=("/root/.ssh",) if own_keys else ("/root/.ssh/known_hosts", "/root/.ssh/config"),
+            connects_unix=True, files=((options[_AGENT], True),) if _AGENT in options else (),
+        )
 
     def identity(self, location: str, real_path: Callable[[str], str]) -> str:
         """The file without its user: two users of one server mean the same file by the same path."""

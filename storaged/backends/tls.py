@@ -13,6 +13,7 @@ from storaged.backends.base import NO_REQUIREMENTS, Node, Requirements
 from storaged.backends.uri import bare_host, host_of
 from storaged.backends.values import check_choices
 from storaged.errors import ErrorCode, StoragedError
+from storaged.model.powers import NO_POWERS, Powers
 
 CERTIFICATES, VERIFY, HOSTNAME, PSK, USER = (
     "tls-certificates", "tls-verify", "tls-hostname", "tls-psk-file", "tls-user",
@@ -104,6 +105,15 @@ def requirements(options: Mapping[str, str]) -> Requirements:
         "qom-type": "tls-creds-x509", "id": _ID, "endpoint": "client", "dir": options[CERTIFICATES],
         "verify-peer": options.get(VERIFY, DEFAULTS[VERIFY]) == "on",
     },))
+
+
+def powers(options: Mapping[str, str]) -> Powers:
+    """Return what QSD needs of the host for TLS: it reads the certificates itself."""
+    directory = options.get(CERTIFICATES)
+    if directory is None:
+        return NO_POWERS
+    files = ("ca-cert.pem", "ca-crl.pem", "client-cert.pem", "client-key.pem")
+    return Powers(reads=(directory,), files=tuple((f"{directory}/{name}", False) for name in files))
 
 
 def _hostname(text: str) -> str:

@@ -7,6 +7,7 @@ Not in QEMU itself: src/client/qemu_driver.c (the filename syntax) and patches/q
 from __future__ import annotations
 
 import ipaddress
+import posixpath
 import re
 from collections.abc import Callable, Mapping
 from typing import NoReturn
@@ -14,6 +15,7 @@ from typing import NoReturn
 from storaged.backends.base import NetworkDefaults, Node
 from storaged.backends.uri import port_of, refuse
 from storaged.errors import ErrorCode, StoragedError
+from storaged.model.powers import Powers
 from storaged.model.sizes import MAX_SIZE, parse_size
 
 #: Bytes; the driver's request_alignment.
@@ -119,6 +121,13 @@ class VitastorBackend(NetworkDefaults):
             # which they do otherwise where the cluster has client_enable_writeback.
             "cache": {"direct": cache != "writeback", "no-flush": cache == "unsafe"},
         }
+
+    def powers(self, location: str, options: Mapping[str, str]) -> Powers:
+        """Its configuration, and memory and devices for RDMA."""
+        return Powers(
+            capabilities=frozenset({"IPC_LOCK"}), root="devices for RDMA are root's", uses=("/dev/infiniband",),
+            reads=(posixpath.dirname(options.get("config-path", _DEFAULT_CONFIGURATION)),),
+        )
 
     def identity(self, location: str, real_path: Callable[[str], str]) -> str:
         """The image by its name, else pool and inode; not by where etcd is.

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from storaged.api.client import Client
+from storaged.api.client import Client, failure_of
 from storaged.cli import progress, render
 from storaged.cli.parser import OPTIONS_WITH_A_SWITCH
 from storaged.cli.paths import absolute, absolute_option, absolute_source
@@ -311,17 +311,36 @@ def _image(args: argparse.Namespace) -> int:
     return image.run(args, layout_of(args))
 
 
+def _bench(args: argparse.Namespace) -> int:
+    from storaged.cli import bench
+
+    return bench.run(args, layout_of(args), _command(args))
+
+
 def _reload(args: argparse.Namespace) -> int:
     with _client(args) as client:
         changed = _field(client.call("Reload", timeout=_QUICK), "reloaded", dict)
-    applied, waiting = _field(changed, "applied", list), _field(changed, "needs_restart", list)
-    if applied or not waiting:
-        render.write(f"in force now: {render.clean(', '.join(applied))}" if applied else "nothing has changed")
+    applied, waiting, attaching, differing, failures = (
+        _field(changed, key, list) for key in ("applied", "needs_restart", "attaching", "differing", "failures")
+    )
+    if applied:
+        render.write(f"in force now: {render.clean(', '.join(applied))}")
+    if attaching:
+        render.write(f"attaching: {render.clean(', '.join(attaching))}")
+    if not (applied or waiting or attaching or differing or failures):
+        render.write("nothing has changed")
     if waiting:
         render.note(
             f"needs a restart of the daemon (volumes stay attached): {render.clean(', '.join(waiting))}"
         )
-    return 0
+    if differing:
+        render.note(
+            f"attached with other wishes than their files have now (detach, and reload again): "
+            f"{render.clean(', '.join(differing))}"
+        )
+    for one in failures:
+        render.failure(failure_of(one if isinstance(one, dict) else {}, "a file of a volume is wrong"))
+    return 1 if failures else 0
 
 
 def _config(args: argparse.Namespace) -> int:
@@ -380,6 +399,7 @@ def _said(wishes: dict[str, Any]) -> dict[str, Any]:
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "attach": _attach,
+    "bench": _bench,
     "completion": _completion,
     "config": _config,
     "daemon": _daemon,

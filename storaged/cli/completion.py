@@ -30,7 +30,10 @@ _NAMES = {
     "fish": "(storaged list --names 2>/dev/null)",
     "preamble": {"bash": _BASH_NAMES, "zsh": _ZSH_NAMES},
 }
-_FILES = ("source", "target", "other", "backing", "config", "kernel_config")
+_FILES = (
+    "source", "target", "other", "backing", "config", "kernel_config", "reports", "jobs", "json_file", "html_file",
+    "svg_file",
+)
 _DIRECTORIES = ("root", "snapshot_dir")
 
 

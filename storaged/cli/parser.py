@@ -6,7 +6,7 @@ import argparse
 import math
 
 import storaged
-from storaged.cli import image
+from storaged.cli import bench, image
 from storaged.model.formats import Format
 
 SHELLS = ("bash", "zsh", "fish")
@@ -99,6 +99,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     _trouble(commands)
     image.add_parser(_command(commands, "image", "create, convert, check and otherwise work on images, by qemu-img"))
+
+    bench.add_parser(_command(
+        commands, "bench", "measure how fast a source is by each way that there is to it, side by side, with fio"
+    ))
 
     command = _command(
         commands, "doctor", "say what this host, its QEMU and this installation can do, and what is missing"

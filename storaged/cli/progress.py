@@ -55,6 +55,10 @@ class Bar:
         """Show how far it is."""
         self._show(self._what, percentage)
 
+    def at_doing(self, what: str, percentage: float) -> None:
+        """Show what is being done, and how far the whole is."""
+        self._show(what, percentage)
+
     def doing(self, what: str) -> None:
         """Show what is being done that does not tell how far it is."""
         self._show(what, -1.0)

@@ -163,6 +163,7 @@ def volume_details(volume: dict[str, Any], now: float | None = None, width: int 
         *((f"option {key}", value) for key, value in sorted(options.items())),
         ("overlay", volume.get("overlay")),
         ("qsd", qsd),
+        ("confined", volume.get("qsd_confinement")),
         ("deaths", volume.get("deaths") or None),
         ("last pause", None if volume.get("paused") is None else _lasting(volume["paused"])),
         *_condition_facts(volume.get("condition") or {}, now),

@@ -16,6 +16,7 @@ import mmap
 import os
 import resource
 import threading
+from collections.abc import Iterator
 
 #: include/uapi/linux/prctl.h, Linux 5.6. Sets PF_MEMALLOC_NOIO and PF_LOCAL_THROTTLE of the calling thread.
 _PR_SET_IO_FLUSHER = 57
@@ -43,6 +44,7 @@ _NO_ADDRESS = ctypes.c_void_p(-1).value
 #: What keep_program has locked: device and inode, offset, length.
 _kept: set[tuple[str, str, int, int]] = set()
 _keeping = threading.Lock()
+_limiting = threading.Lock()
 
 
 def protect_daemon() -> list[str]:
@@ -74,9 +76,28 @@ def spare(pid: int) -> None:
 
 
 def write_no_core(pid: int) -> None:
-    """Have a process that will hold secrets write none of its memory to a file when it crashes. It may be gone."""
-    with contextlib.suppress(ProcessLookupError):
+    """Have a process that will hold secrets write none of its memory to a file when it crashes. It may be gone.
+
+    That of another user stays as it was started (``without_core``), where the daemon has no CAP_SYS_RESOURCE.
+    """
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         resource.prlimit(pid, resource.RLIMIT_CORE, (NO_CORE, NO_CORE))
+
+
+@contextlib.contextmanager
+def without_core() -> Iterator[None]:
+    """Have what is started meanwhile write no core, whoever it will be: of another user's process only CAP_SYS_RESOURCE
+    could say so later. See ``write_no_core``.
+    """
+    # One at a time: the next would take the limit of the first for what was there before.
+    with _limiting:
+        before = resource.getrlimit(resource.RLIMIT_CORE)
+        least = NO_CORE if before[1] == resource.RLIM_INFINITY else min(NO_CORE, before[1])
+        resource.setrlimit(resource.RLIMIT_CORE, (least, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_CORE, before)
 
 
 def keep_program(pid: int) -> None:

@@ -23,7 +23,7 @@ from storaged.observe.journald import about
 #: image; its program and libraries are 9 MiB, which count where they were read first; the rest is reserve.
 MEMORY_MIN = 32 << 20
 SLICE = "storaged.slice"
-#: Ends, at a shutdown, what is not used any more: after the mounts and before the daemon.
+#: Ends, at a shutdown, what is not used any more: after the mounts.
 SHUTDOWN = "storaged-shutdown.service"
 SYSTEM_BUS = "/run/dbus/system_bus_socket"
 #: Path, name on the bus and interface.
@@ -159,7 +159,7 @@ def _targets(name: str, device: str | None) -> list[str]:
 
 
 def order_unit(name: str, pid: int) -> str:
-    """The slice, with nothing in it, by which the mounts of a volume come before storaged and the network at shutdown.
+    """The slice, with nothing in it, by which the mounts of a volume come before its end and the network's at shutdown.
 
     No dash: it would be below another one.
     """
@@ -167,19 +167,19 @@ def order_unit(name: str, pid: int) -> str:
 
 
 def _order(bus: SystemBus, scope: str, name: str, device: str) -> None:
-    """Have the daemon and the network wait, at a shutdown, for whatever mount of the device there is.
+    """Have the end of the volumes and of the network wait, at a shutdown, for whatever mount of the device there is.
 
-    The scope is never stopped, so nothing can be ordered by it. A slice is the one transient unit that is stopped and
-    needs no process. It goes with the scope.
+    The daemon itself is not stopped. The scope is never stopped either, so nothing can be ordered by it. A slice is the
+    one transient unit that is stopped and needs no process. It goes with the scope.
     """
     pid = int(scope.rpartition(".")[0].rpartition("-")[2])
     unit = order_unit(name, pid)
     bus.call(_BUS, "AddMatch", "s", _JOBS.format(unit=unit))
     _start(bus, unit, [
-        ("Description", ("s", f"Mounts of the storaged volume {name} end before storaged and the network")),
+        ("Description", ("s", f"Mounts of the storaged volume {name} end before it and the network")),
         ("BindsTo", ("as", [scope])),
         ("Before", ("as", _targets(name, device))),
-        ("After", ("as", [scope, "storaged.service", SHUTDOWN, "network.target", "network-online.target"])),
+        ("After", ("as", [scope, SHUTDOWN, "network.target", "network-online.target"])),
         ("CollectMode", ("s", "inactive-or-failed")),
     ])
 

@@ -49,7 +49,7 @@ class ServiceManager:
             log.warning("the service manager cannot be told %s: %s", lines[0], error)
 
     def tell_reloading(self) -> None:
-        """Type=notify-reload wants to know when it began, by the clock that it reads, too."""
+        """Say that the configuration is read again, and when that began, as Type=notify-reload wants it."""
         self.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     def take_listener(self, path: str) -> socket.socket | None:

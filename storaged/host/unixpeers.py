@@ -29,28 +29,29 @@ _UNKNOWN = "a process that cannot be told"
 _ELSEWHERE = "a process in another network namespace"
 
 
-def clients_of(path: str, server: int) -> list[str]:
+def clients_of(path: str, server: int, bound: str = "") -> list[str]:
     """Return a line for each connection to the socket at exactly this path: who has it, as far as can be told.
 
+    ``bound`` is the path that it was made at, where it was moved since: so the kernel calls it.
     Those that wait to be accepted count. ``server`` is the process that listens: what it is connected to in another
     network namespace (a container's) is seen by its descriptors alone. One whose client is gone does not count, though
     the server may not have noticed. Blocks shortly. Raises OSError.
     """
     deadline, pause = time.monotonic() + _ENDING, _STEP
     while True:
-        users = _clients_now(path, server)
+        users = _clients_now(path, server, bound or path)
         if not {_UNKNOWN, _ELSEWHERE} & set(users) or time.monotonic() >= deadline:
             return users
         time.sleep(pause)  # nothing tells when
         pause *= 2
 
 
-def _clients_now(path: str, server: int) -> list[str]:
-    known, peers = _look(path)
+def _clients_now(path: str, server: int, bound: str) -> list[str]:
+    known, peers = _look(bound)
     strangers = _socket_inodes(server) - known
     if strangers:
         # The second look: one that came or went meanwhile is not in both.
-        strangers &= _socket_inodes(server) - _look(path)[0] - _others(server)
+        strangers &= _socket_inodes(server) - _look(bound)[0] - _others(server)
     if not peers and not strangers:
         return []
     users = []

@@ -27,8 +27,11 @@ from typing import Any
 
 from storaged.errors import ErrorCode, StoragedError
 
-#: A worker that has not answered for so long (seconds) counts as hanging. Its start takes a second at most.
+#: A worker that has not answered for so long (seconds) counts as hanging.
 SLOW = 5.0
+#: And one that has not started for so long. It takes a second at most, but not while a busy host boots: then nothing
+#: comes of others that are started beside it, but that all of them take longer.
+STARTING = 60.0
 #: Workers that there may be, most of them hanging.
 MOST = 8
 #: How often a call is begun anew whose worker was dead before it knew of it.
@@ -44,6 +47,7 @@ class Worker:
     """One child. Not for two threads at once, but for :meth:`close`."""
 
     def __init__(self, program: Sequence[str] = _PROGRAM) -> None:
+        self.ready = False
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with theirs:
@@ -65,11 +69,17 @@ class Worker:
             return False
         return True
 
+    def wait_ready(self) -> None:
+        """Wait until it has started, or ended. Raises ConnectionResetError, as below."""
+        if not self.ready:
+            self.ready = bool(self._socket.recv(_LARGEST))
+
     def receive(self) -> dict[str, Any] | None:
         """Wait for the next answer, for ever; None if there will be none.
 
         Raises ConnectionResetError where it has ended without having read what it was sent (unix(7)).
         """
+        self.wait_ready()
         packet = self._socket.recv(_LARGEST)
         return dict(json.loads(packet)) if packet else None
 
@@ -85,10 +95,13 @@ class Worker:
 class Workers:
     """Those of this process."""
 
-    def __init__(self, program: Sequence[str] = _PROGRAM, *, slow: float = SLOW, most: int = MOST) -> None:
-        self._program, self._slow, self._most = program, slow, most
+    def __init__(
+        self, program: Sequence[str] = _PROGRAM, *, slow: float = SLOW, starting: float = STARTING, most: int = MOST
+    ) -> None:
+        self._program, self._slow, self._starting, self._most = program, slow, starting, most
         self._changed = threading.Condition()
         self._free: list[Worker] = []
+        #: Since when, or from when on, each of them hangs (monotonic).
         self._busy: dict[Worker, float] = {}
 
     def start(self) -> None:
@@ -109,6 +122,8 @@ class Workers:
             try:
                 seen = worker.send(question, descriptors)
                 if seen:
+                    worker.wait_ready()
+                    self._note_busy(worker)
                     answer = worker.receive()
             except ConnectionResetError:
                 # It was killed while it had nothing to do, which is no failure.
@@ -133,7 +148,13 @@ class Workers:
             return len(self._slow_ones())
 
     def _slow_ones(self) -> list[Worker]:
-        return [worker for worker, begin in self._busy.items() if time.monotonic() - begin >= self._slow]
+        now = time.monotonic()
+        return [worker for worker, hangs_from in self._busy.items() if now >= hangs_from]
+
+    def _note_busy(self, worker: Worker) -> None:
+        with self._changed:
+            self._busy[worker] = time.monotonic() + (self._slow if worker.ready else self._starting)
+            self._changed.notify_all()
 
     def _take(self) -> Worker:
         with self._changed:
@@ -148,11 +169,10 @@ class Workers:
                         )
                     worker = self._new()
                 if worker is not None:
-                    self._busy[worker] = time.monotonic()
+                    self._note_busy(worker)
                     return worker
                 # Until one is free, or the one that works has become slow.
-                latest = max(self._busy.values())
-                self._changed.wait(max(0.01, latest + self._slow - time.monotonic()))
+                self._changed.wait(max(0.01, max(self._busy.values()) - time.monotonic()))
 
     def _give_back(self, worker: Worker, *, usable: bool) -> None:
         with self._changed:

@@ -82,14 +82,19 @@ def convert(task: Task, wish: Wish, target: Wish, manner: Manner, backing: Backi
             with opened(task, [source, full], place=place) as given:
                 words = ["-n", "-O", str(full.spec.format), *_words(manner, backing, is_new=is_new, target=full)]
                 names = [given.names[one.spec.name] for one in (source, full)]
+                # A new file goes with the failure. What was made behind a server, QEMU cannot remove.
+                stays = full.local_path is None or not is_new
+
+                def spoilt() -> None:
+                    if stays:
+                        task.spoilt(full.shown())
+
                 task.doing(f"converting {source.shown()}")
+                run("convert", [*words, *names], given, progress=task.progress, spoilt=spoilt)
                 try:
-                    run("convert", [*words, *names], given, progress=task.progress)
                     flush(given.nodes[full.spec.name])
                 except BaseException:
-                    if full.local_path is None or not is_new:
-                        # What was made behind a server, QEMU cannot remove.
-                        task.spoilt(full.shown())
+                    spoilt()
                     raise
             return not is_new
 

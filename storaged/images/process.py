@@ -21,6 +21,13 @@ _LAST_WORDS = 5.0
 #: Bytes of what it says on stderr, of which the last tell what went wrong.
 _LONGEST_TALK = 64 * 1024
 
+#: How lines begin in which a qemu-img refuses before it writes anything (img_convert in qemu-img.c, all that comes
+#: before convert_do_copy). Of those that are not here it is not known.
+_REFUSALS = (
+    "Could not open ", "Compression not supported for this file format", "Failed to load snapshot: ",
+    "output file is smaller than input file",
+)
+
 Progress = Callable[[float], None]
 
 
@@ -37,12 +44,13 @@ class Outcome:
 
 def run(
     command: str, words: Sequence[str], given: Provided, *, progress: Progress | None = None,
-    accept: Sequence[int] = (0,),
+    accept: Sequence[int] = (0,), spoilt: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Run ``qemu-img COMMAND WORDS…`` and return how it ended, if with a status of ``accept``. Blocks.
 
     ``progress`` is told the percentage, of a command that has ``-p``. Whatever ends the wait for it, as Ctrl-C does,
-    ends it, too. Raises what its words amount to, IMAGE_FAILED; HOST_STUCK where it cannot be ended.
+    ends it, too. ``spoilt`` is called where it failed or was ended, and may have written something by then. Raises what
+    its words amount to, IMAGE_FAILED; HOST_STUCK where it cannot be ended.
     """
     line = [given.program, command, *(["-p"] if progress is not None else []), *given.objects, *words]
     child = start(line, given, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -50,12 +58,21 @@ def run(
         text, talk = _listen(child, progress)
         status = child.wait()
     except BaseException:
+        spoilt()
         _end(child)
         raise
     text, talk = given.readable(text, as_json="--output=json" in words), given.readable(talk)
     if status not in accept:
+        if not _refused(talk):
+            spoilt()
         raise failure(command, talk, status)
     return Outcome(status, text, talk)
+
+
+def _refused(talk: str) -> bool:
+    """Whether a qemu-img that failed has written nothing, to judge by its words."""
+    said = [line.removeprefix("qemu-img: ") for line in talk.splitlines() if line.startswith("qemu-img: ")]
+    return any(line.startswith(_REFUSALS) for line in said)
 
 
 def _listen(child: subprocess.Popen[bytes], progress: Progress | None) -> tuple[str, str]:

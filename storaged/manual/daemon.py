@@ -23,8 +23,9 @@ FILES = {
 }
 SIGNALS = {
     "SIGTERM, SIGINT": "It ends, with status 0. All volumes stay attached and go on working.",
-    "SIGHUP": "It reads its configuration again. The log tells what is in force now, what needs a restart, and what is "
-    "wrong with the files; then nothing changes. `storaged daemon --reload` does the same, and prints it.",
+    "SIGHUP": "It reads its configuration again, and the files of volumes. The log tells what is in force now, what "
+    "needs a restart, and what is wrong: with a wrong configuration nothing changes, and with the wrong file of a "
+    "volume all others count. `storaged daemon --reload` does the same, prints it, and fails if anything is wrong.",
     "SIGKILL": "Loses nothing: volumes go on, and the next daemon takes them over.",
 }
 STATUS = {

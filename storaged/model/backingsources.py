@@ -16,6 +16,7 @@ from storaged.backends.base import NO_REQUIREMENTS, NetworkBackend, Requirements
 from storaged.backends.fetched import FetchedBackend
 from storaged.backends.jsontree import is_tree, read_tree
 from storaged.errors import ErrorCode, StoragedError
+from storaged.model.powers import Powers
 from storaged.model.spec import VolumeSpec
 
 OPTION = "backing-sources"
@@ -79,6 +80,13 @@ def check(spec: VolumeSpec) -> None:
 def backends(spec: VolumeSpec) -> list[NetworkBackend]:
     """The backends of what is allowed."""
     return [place.backend for place, _ in _allowed(spec)]
+
+
+def powers(spec: VolumeSpec, own: Powers) -> Powers:
+    """Return what QSD needs of the host for the source, which needs ``own``, and for all that may be below it."""
+    for place, _ in _allowed(spec):
+        own = own.and_of(place.backend.powers(place.location, place.options))
+    return own
 
 
 def requirements(spec: VolumeSpec, own: Requirements) -> Requirements:

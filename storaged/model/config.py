@@ -33,6 +33,12 @@ class QsdConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         ' { vitastor = "/opt/vitastor/bin/qemu-storage-daemon" }',
     )] = {}
 
+    sandbox: Annotated[bool, Meta(
+        extra=_STARTS,
+        description="whether every qemu-storage-daemon is kept to what its volume needs (user, capabilities, files,"
+        " system calls); without it, it may do all that the daemon may",
+    )] = True
+
     def binary_for(self, backend: str) -> str:
         """The program that serves a backend's volumes."""
         return self.binaries.get(backend, self.binary)

@@ -121,6 +121,12 @@ class Facts:
     """The program curl is installed."""
     rbd: bool = True
     """Ceph's program of that name is there."""
+    sandbox: bool = True
+    """The configuration lets every QSD be kept to what it needs."""
+    landlock: int = 0
+    """The version of the kernel's Landlock, 0 where there is none."""
+    no_users: str = ""
+    """Why QSDs cannot be given users of their own; empty where they can."""
 
 
 def diagnose(facts: Facts) -> list[Finding]:
@@ -131,6 +137,7 @@ def diagnose(facts: Facts) -> list[Finding]:
         *_backends(facts),
         *_kernel(facts),
         *_directories(facts),
+        _sandbox(facts),
         _daemon(facts),
     ]
 
@@ -374,6 +381,26 @@ def _directories(facts: Facts) -> Iterator[Finding]:
             detail,
             "make room, or put snapshots elsewhere: snapshot_dir in storaged.toml",
         )
+
+
+def _sandbox(facts: Facts) -> Finding:
+    check = "sandbox"
+    if not facts.sandbox:
+        return Finding(
+            check, Status.WARN, "it is switched off: who takes over a qemu-storage-daemon is root",
+            "leave sandbox out of [qsd] in storaged.toml",
+        )
+    if not facts.landlock:
+        return Finding(
+            check, Status.WARN, "there is no Landlock: a qemu-storage-daemon is not kept to its own files",
+            "boot a kernel that has it (Linux 5.13), with landlock among lsm=",
+        )
+    if facts.no_users and facts.root:
+        return Finding(
+            check, Status.WARN, f"every qemu-storage-daemon is root: {facts.no_users}",
+            "leave them to the daemon's unit or container",
+        )
+    return Finding(check, Status.OK, f"users of their own, Landlock {facts.landlock}, a filter of system calls")
 
 
 def _daemon(facts: Facts) -> Finding:

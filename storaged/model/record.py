@@ -33,6 +33,32 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True):
     """The source of its data, where that is in another file (qcow2)."""
 
 
+class Confinement(msgspec.Struct, frozen=True, kw_only=True):
+    """What a qemu-storage-daemon was given of the host when it was started."""
+
+    uid: int = 0
+    """Its user, and its only group."""
+    capabilities: list[str] = []
+    """Without CAP_."""
+    landlock: int = 0
+    """The version of Landlock that keeps it to its own files; 0: nothing does."""
+    filtered: bool = False
+    """It is refused system calls that it never needs."""
+    lacks: list[str] = []
+    """Why it is not kept shorter."""
+
+    def __str__(self) -> str:
+        """As users are told."""
+        parts = [
+            f"user {self.uid}" if self.uid else "root",
+            " and ".join(f"CAP_{name}" for name in self.capabilities) or "no capabilities",
+            f"its own files (Landlock {self.landlock})" if self.landlock else "all files",
+        ]
+        if self.filtered:
+            parts.append("system calls are filtered")
+        return ", ".join(parts) + (f" ({'; '.join(self.lacks)})" if self.lacks else "")
+
+
 class Record(msgspec.Struct, frozen=True, kw_only=True):
     """What was chosen and set up for one attachment; a successor uses this, never newer defaults."""
 
@@ -45,6 +71,10 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     process: ProcessIdentity | None = None
     sources: dict[str, bool] = {}
     """The source identities that the process holds locks on, and whether it writes to them."""
+    confinement: Confinement | None = None
+    """What the process was given of the host; None: all that the daemon had which started it."""
+    sockets: str = ""
+    """Where QSD makes its sockets, below the volume's directory; empty: in it, as older daemons had it."""
     settings: dict[str, int] = {}
     """What was chosen for the transport: queues, sizes, timeouts. A successor must have the same."""
     size: int = 0

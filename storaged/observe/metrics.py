@@ -34,10 +34,10 @@ class Metrics:
         # Not by prometheus_client's choose_encoder, which may choose a format that the volumes cannot be written in.
         if "application/openmetrics-text" in accept:
             daemon: bytes = openmetrics.generate_latest(self.registry)  # type: ignore[no-untyped-call]  # it has none
-            volumes = volumes_text(facts, look, openmetrics=True).encode()
-            return OPENMETRICS, daemon.removesuffix(_END) + volumes + _END
+            volumes = volumes_text(facts, look, openmetrics=True)
+            return OPENMETRICS, b"".join([daemon.removesuffix(_END), *volumes, _END])
         daemon = text.generate_latest(self.registry)
-        return TEXT, daemon + volumes_text(facts, look, openmetrics=False).encode()
+        return TEXT, b"".join([daemon, *volumes_text(facts, look, openmetrics=False)])
 
 
 class _Daemon(Collector):

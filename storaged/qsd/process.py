@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import protection, scope
+from storaged.host.sandbox import Sandbox, confined, had
 from storaged.qsd.stderr import WAITS
 
 #: What of its own environment the daemon hands on; TMPDIR is the volume's own.
@@ -49,6 +51,7 @@ def find_binary(binary: str) -> str:
 def spawn(
     binary: str, directory: str, listener: socket.socket, keep: Sequence[int],
     further: Mapping[str, str] | None = None, *, objects: Sequence[Mapping[str, Any]] = (), secret: bool = False,
+    sandbox: Sandbox | None = None,
 ) -> tuple[int, int]:
     """Start QSD with nothing but ``objects`` and its QMP monitor on ``listener``, and return its pid and a pidfd.
 
@@ -58,16 +61,19 @@ def spawn(
     The first client must be in the backlog of ``listener`` already: QSD waits for it, so that nobody has to wait
     for a file to appear. The descriptors ``keep`` (source locks, claims) are inherited and live as long as the
     process; ``further`` is added to its environment. It gets a session of its own, so that no signal to the daemon's
-    terminal or group reaches it. The OOM killer leaves it alone, and it inherits from the daemon that it is an I/O
-    flusher (host/protection.py).
-    Blocks for an exec. Raises QSD_MISSING.
+    terminal or group reaches it. It has no more of the host than ``sandbox`` says. The OOM killer leaves it alone, and
+    it inherits from the daemon that it is an I/O flusher (host/protection.py).
+    Blocks for an exec. Raises QSD_MISSING; INTERNAL where it cannot be confined.
     """
     environment = {key: os.environ[key] for key in _ENVIRONMENT if key in os.environ}
     environment["TMPDIR"] = os.path.join(directory, "tmp")
     environment |= further or {}
+    # Then the limit of a process that runs can be set, whoever it is. What else would is one at a time, and a start may
+    # hang on a storage.
+    later = bool(had({"SYS_RESOURCE"}))
     with open(log_file(directory), "ab") as log:
-        try:
-            child = subprocess.Popen(
+        def start() -> subprocess.Popen[bytes]:
+            return subprocess.Popen(
                 [
                     # By the "@" systemd's last act before the host goes down leaves it alone, whose disk may still be
                     # mounted (ROOT_STORAGE_DAEMONS in systemd's docs): its scope says so, too, where systemd knows
@@ -85,6 +91,10 @@ def spawn(
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=directory, env=environment,
                 executable=binary, pass_fds=[listener.fileno(), *keep], start_new_session=True,
             )
+
+        try:
+            with protection.without_core() if secret and not later else contextlib.nullcontext():
+                child = start() if sandbox is None else confined(sandbox, start)
         except OSError as error:
             raise StoragedError(
                 ErrorCode.QSD_MISSING, f"cannot execute {binary}", cause=error.strerror or str(error),

@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator
 from storaged.errors import StoragedError
 from storaged.qsd.session import Session
 
-_SOCKET = "side.sock"
+#: Below the volume's directory, where any QSD may make one.
+_SOCKET = "tmp/side.sock"
 #: Seconds for the end of it: what hangs here hangs on a storage that has let the time run out already.
 _LAST_PATIENCE = 2.0
 

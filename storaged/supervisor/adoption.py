@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import process
 from storaged.model.record import ProcessIdentity, Record
 from storaged.model.spec import VolumeSpec
 from storaged.qsd.process import pidfile
+from storaged.supervisor.confinement import SOCKETS
 from storaged.supervisor.records import load_record
-from storaged.transports import TRANSPORTS
+from storaged.transports import TRANSPORTS, nbd
 from storaged.transports.base import Site
 
 
@@ -42,6 +45,8 @@ def find_in_doubt(spec: VolumeSpec, site: Site, servers: list[ProcessIdentity]) 
         return Record(
             spec=spec, transport=transport.name, transport_reason="found without a record", binary="",
             process=server, served_by=server, device=found.device, diskseq=found.diskseq, socket=found.socket,
+            # An older daemon's QSD has it in the directory itself.
+            sockets="" if os.path.lexists(os.path.join(site.directory, nbd.SOCKET)) else SOCKETS,
         )
     return None
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import faulthandler
 import fcntl
+import gc
 import grp
 import logging
 import os
@@ -20,7 +21,7 @@ from storaged.api.access import Readers
 from storaged.api.server import Server
 from storaged.api.storageserver import ProviderServer
 from storaged.errors import ErrorCode, StoragedError
-from storaged.host import locks
+from storaged.host import heap, locks
 from storaged.host.configfiles import load_config
 from storaged.host.protection import protect_daemon
 from storaged.host.servicemanager import ServiceManager
@@ -30,6 +31,7 @@ from storaged.model.layout import LOCK_DIR, Layout
 from storaged.observe import journald
 from storaged.observe.serving import serve_metrics
 from storaged.store.local import LocalStore
+from storaged.supervisor import confinement
 from storaged.supervisor.environment import Environment
 from storaged.supervisor.events import EventHub
 from storaged.supervisor.faults import fault_from_environment
@@ -44,10 +46,12 @@ def run(layout: Layout, config_file: str | None) -> int:
     """Run the daemon until SIGTERM or SIGINT and return its exit status. Volumes stay attached."""
     # Whatever the umask of who starts it: modes are said where directories and sockets are made.
     os.umask(0o022)
+    heap.keep_small()
     # The watchdog ends a daemon that stands still by SIGABRT: where it stood is in the journal then.
     faulthandler.enable()
     service = ServiceManager()
     config = load_config(layout, config_file)
+    confinement.pin_places()
     group, readers = _group(config), _readers(config)
     journald.set_up(config.log_level.upper())
     # Before there is a second thread: it would not inherit what this one gets.
@@ -87,6 +91,9 @@ async def _serve(
     async with asyncio.TaskGroup() as tasks:
         manager = Manager(environment, tasks)
         server = Server(manager, listener, group, readers)
+        # Modules and classes are there for ever: no collection of garbage has to look through them again.
+        gc.collect()
+        gc.freeze()
         await manager.start()
         server.start()
         provider = ProviderServer(manager, layout)

@@ -110,7 +110,7 @@ def fetch(
     return replace(
         wanted, node=located(wanted.node, path),
         source=None if wanted.source is None else located(wanted.source, path),
-        files=frozenset({file_identity(seen.st_dev, seen.st_ino)}),
+        files=frozenset({file_identity(seen.st_dev, seen.st_ino)}), paths=((path, False),),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -67,6 +68,8 @@ class Holding:
         self.connection_lost = False
         self.stalled = False
         """Requests of the device are in flight and none ends, as far as is known: nothing may wait for them."""
+        self.handed_out = -math.inf
+        """When somebody was last given an open descriptor of the device (time.monotonic)."""
         self.locks_to: socket.socket | None = None
         """Leads to QSD, for the locks of what is found while it opens the source; see hand_locks_over."""
         self._wake = wake

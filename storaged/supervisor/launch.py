@@ -21,7 +21,7 @@ from storaged.model.record import Record
 from storaged.model.spec import VolumeSpec
 from storaged.qsd.build import build_of
 from storaged.qsd.process import find_binary, qmp_socket, spawn
-from storaged.supervisor import fetching, opening, overlay
+from storaged.supervisor import confinement, fetching, opening, overlay
 from storaged.supervisor.environment import Environment
 from storaged.supervisor.records import write_record
 from storaged.transports import TRANSPORTS, choose_transport
@@ -132,10 +132,17 @@ def _run(
     directory = site.directory
     os.makedirs(os.path.join(directory, "tmp"), mode=0o700, exist_ok=True)
     further = _provide(wanted.requirements, record.spec, directory) if wanted is not None else {}
-    write_record(directory, record)
-    environment.fault("start: recorded")
     locks_to: socket.socket | None = None
     with contextlib.ExitStack() as ends:
+        cell = _cell(record, wanted, site, environment)
+        for fd in cell.held:
+            ends.callback(os.close, fd)
+        held = [*held, *cell.held]
+        record = msgspec.structs.replace(record, confinement=cell.told, sockets=confinement.SOCKETS)
+        if wanted is not None:
+            _show_files(wanted.requirements, directory, cell.told.uid if cell.told is not None else 0)
+        write_record(directory, record)
+        environment.fault("start: recorded")
         listener = ends.enter_context(bind_unix(qmp_socket(directory), mode=0o600))
         if wanted is not None and wanted.is_open_ended:
             locks_to, kept = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -145,10 +152,26 @@ def _run(
         objects = TRANSPORTS[record.transport].objects(record)
         pid, pidfd = spawn(
             record.binary, directory, listener, held, further, objects=objects,
-            secret=wanted is not None and _holds_secrets(wanted, record.spec),
+            secret=wanted is not None and _holds_secrets(wanted, record.spec), sandbox=cell.sandbox,
         )
     environment.fault("start: spawned")
     return Started(wanted, record, monitor, pid, pidfd, locks_to)
+
+
+def _show_files(needed: Requirements, directory: str, uid: int) -> None:
+    """Let QSD, with this user, read what was put into its directory for it."""
+    for name in (*needed.files, *needed.secret_files) if uid else ():
+        os.chown(os.path.join(directory, name), 0, uid)
+        os.chmod(os.path.join(directory, name), 0o640)
+
+
+def _cell(
+    record: Record, wanted: opening.Opening | None, site: Site, environment: Environment
+) -> confinement.Cell:
+    """Decide what QSD is left of the host: all of it where the administrator says so, or the daemon is not root."""
+    if environment.config.qsd.sandbox and os.geteuid() == 0:
+        return confinement.prepare(record, wanted, site, environment.lock_directory, owner_of(site))
+    return confinement.open_cell(site.directory)
 
 
 def _holds_secrets(wanted: opening.Opening, spec: VolumeSpec) -> bool:
@@ -186,9 +209,14 @@ def take_names(site: Site, names: tuple[str, ...], directory: str) -> list[int]:
 
 
 def _reserve_overlay(spec: VolumeSpec, environment: Environment) -> str:
-    overlay.limit_of(spec)
-    place = spec.snapshot_dir or environment.config.snapshot_dir
-    return overlay.reserve(environment.layout.snapshots_dir, place, spec.name)
+    limit = overlay.limit_of(spec)
+    snapshots = environment.layout.snapshots_dir
+    place = overlay.reserve(snapshots, spec.snapshot_dir or environment.config.snapshot_dir, spec.name)
+    mark = overlay.locate(snapshots, spec.name)
+    if mark is not None and not mark.inode:
+        # Now, and not when it is opened: QSD reaches only files that are there when it is started.
+        overlay.create_new(place, limit)
+    return place
 
 
 def owner_of(site: Site) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import shutil
+import time
 
 import msgspec
 
@@ -13,6 +15,7 @@ from storaged.errors import ErrorCode, StoragedError
 from storaged.host import sshagent
 from storaged.host.nbdhandshake import flush
 from storaged.host.unixsock import connect_unix
+from storaged.host.users import device_users, only_probes
 from storaged.model import blockdev
 from storaged.model.record import Record
 from storaged.qsd.session import Session
@@ -20,10 +23,12 @@ from storaged.qsd.sideexport import side_export
 from storaged.qsd.version import aborts_with_iothread, parse_version
 from storaged.supervisor import fetching, overlay
 from storaged.supervisor.holding import Holding
-from storaged.transports.nbd import NBD_SOCKET
+from storaged.transports.nbd import nbd_socket
 
 #: A way to the disk beside its export, for a flush.
 _FLUSH_EXPORT = "flush"
+#: Seconds within which a descriptor that was handed out is in a process again.
+_ON_ITS_WAY = 10.0
 #: Seconds for a QSD whose device shall fail from now on to close the source in good order; then it is killed.
 _LAST_CLOSE = 5.0
 
@@ -42,6 +47,7 @@ async def disconnect(held: Holding, timeout: float, *, force: bool) -> None:
         if record.rescue or record.lost:
             # There is nothing to flush it to.
             record = msgspec.structs.replace(record, spec=msgspec.structs.replace(record.spec, read_only=True))
+        await _let_descriptors_arrive(held, record, timeout)
         try:
             await held.transport.disconnect(held.site, record, timeout)
         except StoragedError as error:
@@ -53,6 +59,29 @@ async def disconnect(held: Holding, timeout: float, *, force: bool) -> None:
             raise
         held.stalled = False  # it has flushed
     await held.forget_device()
+
+
+async def _let_descriptors_arrive(held: Holding, record: Record, timeout: float) -> None:
+    """Wait until a descriptor that was handed out is where it is seen: on its way it is in no process.
+
+    So it is between us and who asked for it, and again where that hands it on, as systemd-vmspawn does to its QEMU,
+    which may not take it before it has started. Raises DEVICE_IN_USE where ``timeout`` does not suffice.
+    """
+    wait = held.handed_out + _ON_ITS_WAY - time.monotonic()
+    if wait <= 0 or await held.blocking("see who uses the device", timeout, _is_used, str(record.device)):
+        return
+    if wait >= timeout:
+        raise StoragedError(
+            ErrorCode.DEVICE_IN_USE, f"{record.device} may be in use",
+            cause="an open descriptor of it was handed out a moment ago, and may be on its way",
+            hint=f"try again in {math.ceil(wait)} s",
+        )
+    await asyncio.sleep(wait)
+
+
+def _is_used(device: str) -> bool:
+    users = device_users(device)
+    return bool(users) and not only_probes(users)
 
 
 async def _disconnect_by_force(held: Holding, record: Record, timeout: float) -> bool:
@@ -122,7 +151,7 @@ async def hand_over(held: Holding, timeout: float, **changes: object) -> None:
 
 async def _flush(held: Holding, session: Session, timeout: float) -> None:
     """Flush the disk by an export of its own: QMP has no command for it, and closing a node reports no failure."""
-    server = NBD_SOCKET if held.transport.reconnects else None
+    server = nbd_socket(held.known()) if held.transport.reconnects else None
 
     def work(path: str) -> None:
         try:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -33,7 +34,21 @@ from storaged.supervisor.secrets import NO_SECRETS, check_secrets, secrets_apart
 from storaged.supervisor.volume import Volume
 from storaged.transports import check_transport, options_of
 
+#: Seconds after the end of a volume in which others may end, before memory is freed of them.
+_TIDY_AFTER = 1.0
+
 log = logging.getLogger("storaged.manager")
+
+
+@dataclass(frozen=True)
+class Reread:
+    """What came of reading the files of volumes again, by the names of volumes."""
+
+    attaching: list[str]
+    """New ones."""
+    differing: list[str]
+    """Attached with other wishes than their file has now."""
+    failures: list[StoragedError]
 
 
 class Manager:
@@ -50,6 +65,7 @@ class Manager:
         self._parked: set[str] = set()
         #: They are read, or a mark is made: what is read before a mark and kept after it would undo it.
         self._files_change = asyncio.Lock()
+        self._tidying = False
 
     async def start(self) -> None:
         """Find what is wished and what is left of earlier daemons, and let an actor adopt each.
@@ -60,24 +76,37 @@ class Manager:
             self._begin(Volume(desired, self.environment), adopt=True)
         self._tell_bad_files()
 
-    async def reload(self) -> None:
-        """Read the files of volumes again, and attach what is new. What is attached stays as it is."""
+    async def reload(self) -> Reread:
+        """Read the files of volumes again, and attach what is new. What is attached stays as it is.
+
+        A file that is of no use keeps none of the others from it. Raises INVALID_ARGUMENT where the files cannot be
+        found at all.
+        """
         async with self._files_change:
             self._files = await self._blocking("read the files of volumes", 60, self._read_files)
         self._tell_bad_files()
+        read = Reread([], [], list(self._files.bad.values()))
         for name, spec in self._files.volumes.items():
             volume = self._volumes.get(name)
             if volume is None and name not in self._files.detached | self._parked:
                 desired = Desired(spec=spec)
-                await self._blocking("store what is wished", 30, self.environment.volatile.put, desired)
+                try:
+                    await self._blocking("store what is wished", 30, self.environment.volatile.put, desired)
+                except StoragedError as error:
+                    log.error("%s [%s]; %s", error.at(volume=name), error.code, error.hint, extra=about(name))
+                    read.failures.append(error)
+                    continue
                 if name not in self._volumes:
                     self._begin(Volume(desired, self.environment), adopt=True)
+                    read.attaching.append(name)
             elif volume is not None and msgspec.structs.replace(volume.spec, persist=False) != spec:
                 log.warning(
                     "volume %s: %s wishes for something else than what is attached (%s): detach it, and reload again",
                     name, self.environment.files.path(name), difference(volume.spec, spec), extra=about(name),
                 )
+                read.differing.append(name)
         log.info("the files of volumes were reloaded, %d volumes", len(self._volumes))
+        return read
 
     def volumes(self) -> list[Volume]:
         """All volumes, sorted by name."""
@@ -294,6 +323,21 @@ class Manager:
             del self._actors[name]
             if volume.parked:
                 self._parked.add(name)
+            self._tidy_soon()
+
+    def _tidy_soon(self) -> None:
+        """Free what gone volumes have left, 40 KiB each: it refers to itself in circles.
+
+        By itself Python looks for circles only where much is new, and so not there.
+        """
+
+        def tidy() -> None:
+            self._tidying = False
+            gc.collect()
+
+        if not self._tidying:
+            self._tidying = True
+            asyncio.get_running_loop().call_later(_TIDY_AFTER, tidy)
 
     # At the start ----------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -57,6 +58,8 @@ class Opening:
     """What is told of each of ``images``; their sizes are not known yet."""
     rest: Reference | None = None
     """What names the next image, where the chain goes on behind a server."""
+    paths: tuple[tuple[str, bool], ...] = ()
+    """The files and block devices of this host that QSD opens, and whether each is written to."""
     extents: int = 0
     """How many nodes QEMU makes by itself beyond those that it is told: the extents of vmdk."""
 
@@ -184,6 +187,7 @@ def of_this_host(chain: Sequence[ImageFile], spec: VolumeSpec, *, written: int, 
             )
             for image in chain
         ),
+        paths=tuple((file.path, exclusive) for file, exclusive in files),
         extents=sum(len(image.extents) for image in chain),
         size=chain[0].virtual_size if spec.format is Format.RAW else None,
     )
@@ -265,6 +269,21 @@ def opened_as_wanted(opening: Opening, pid: int, own: tuple[str, ...] = ()) -> b
         for device, inode, number in process.open_files(pid, own)
     }
     return opening.files <= opened
+
+
+def was_replaced(opening: Opening) -> bool:
+    """Whether another file than the one that was looked at is in a place: QSD is refused such a file."""
+    now = set()
+    for path, _ in opening.paths:
+        try:
+            seen = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        except OSError:
+            return False  # of a storage that does not answer nobody knows, and QSD says what is the matter
+        is_block = stat.S_ISBLK(seen.st_mode)
+        now.add(block_identity(seen.st_rdev) if is_block else file_identity(seen.st_dev, seen.st_ino))
+    return not opening.files <= now
 
 
 def take(opening: Opening, directory: str, owner: str) -> list[int]:

@@ -150,12 +150,17 @@ def _is_the_same(marked: list[list[int]], found: list[list[int]]) -> bool:
     )
 
 
+def new_file(path: str) -> str:
+    """The file of an overlay until it is complete."""
+    return f"{path}.new"
+
+
 def create_new(path: str, limit: int) -> str:
     """Make the file of a new overlay, sparse and ``limit`` bytes large, and return its (temporary) path.
 
     What is at ``path`` is of an attempt that never got as far as being used.
     """
-    new = f"{path}.new"
+    new = new_file(path)
     try:
         for victim in (path, new):
             with contextlib.suppress(FileNotFoundError):
@@ -178,7 +183,7 @@ def create_new(path: str, limit: int) -> str:
 def finish(snapshots: str, name: str, path: str, fingerprint: list[list[int]]) -> None:
     """The overlay at PATH.new is complete: let it count."""
     try:
-        os.rename(f"{path}.new", path)
+        os.rename(new_file(path), path)
         sync_directory(os.path.dirname(path))
         seen = os.lstat(path)
     except OSError as error:
@@ -193,7 +198,7 @@ def remove(snapshots: str, name: str) -> None:
     if mark is None:
         return
     try:
-        for victim in (f"{mark.path}.new", mark.path):
+        for victim in (new_file(mark.path), mark.path):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(victim)
     except OSError as error:

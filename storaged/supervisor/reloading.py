@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
@@ -12,7 +12,7 @@ from storaged.host.blocking import BlockingCalls
 from storaged.host.configfiles import load_config
 from storaged.model.config import Config, keys
 from storaged.supervisor.environment import Environment
-from storaged.supervisor.manager import Manager
+from storaged.supervisor.manager import Manager, Reread
 
 #: Seconds that reading the files may take.
 _PATIENCE = 20.0
@@ -23,21 +23,26 @@ _calls = BlockingCalls("the configuration")
 
 @dataclass(frozen=True)
 class Reloaded:
-    """Keys whose value differs from what was in force."""
+    """Keys whose value differs from what was in force, and what came of the files of volumes."""
 
     applied: list[str]
     needs_restart: list[str]
+    files: Reread = field(default_factory=lambda: Reread([], [], []))
 
 
 async def reload(manager: Manager) -> Reloaded:
-    """Read the configuration again, and the files of volumes. Raises INVALID_ARGUMENT; the log says it, too."""
+    """Read the configuration again, and then the files of volumes.
+
+    Raises INVALID_ARGUMENT where the configuration is wrong; nothing has changed then. What is wrong with files of
+    volumes is in the answer, because the others count. The log says all of it, too.
+    """
     changed = await reload_config(manager.environment)
     try:
-        await manager.reload()
+        files = await manager.reload()
     except StoragedError as error:
         log.error("the files of volumes cannot be read: %s", error)
-        raise
-    return changed
+        files = Reread([], [], [error])
+    return replace(changed, files=files)
 
 
 async def reload_config(environment: Environment) -> Reloaded:

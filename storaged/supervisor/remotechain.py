@@ -166,6 +166,7 @@ class _Follower:
         await self._lock(here.opening)
         self._wanted = replace(
             self._wanted, files=self._wanted.files | here.opening.files,
+            paths=self._wanted.paths + here.opening.paths,
             fingerprint=self._wanted.fingerprint + here.opening.fingerprint,
         )
         return here

@@ -10,14 +10,14 @@ from storaged.model.headers import ImageHeader, read_header
 from storaged.qsd.session import Session
 from storaged.qsd.sideexport import side_export
 from storaged.supervisor.holding import Holding
-from storaged.transports.nbd import NBD_SOCKET
+from storaged.transports.nbd import nbd_socket
 
 _EXPORT = "header"
 
 
 async def read(held: Holding, session: Session, node: str, format: Format, timeout: float) -> ImageHeader:
     """Return the header of the image in a node that QSD has open. Raises WRONG_FORMAT, UNSUPPORTED, QSD_SILENT."""
-    server = NBD_SOCKET if held.transport.reconnects else None
+    server = nbd_socket(held.known()) if held.transport.reconnects else None
 
     def work(path: str) -> ImageHeader:
         with connect_unix(path) as sock, reading(sock, _EXPORT, timeout) as (size, read):

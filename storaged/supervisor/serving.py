@@ -296,7 +296,13 @@ def _replaced() -> StoragedError:
 
 async def _add_and_look(held: Holding, session: Session, wanted: opening.Opening, timeout: float) -> bool:
     """Open the source, and say whether QSD has opened what was looked at before."""
-    await session.add_node(wanted.node, timeout=timeout)
+    try:
+        await session.add_node(wanted.node, timeout=timeout)
+    except StoragedError as error:
+        answered = error.code not in (ErrorCode.QSD_DIED, ErrorCode.QSD_SILENT)
+        if answered and await held.source_calls("look at the source again", timeout, opening.was_replaced, wanted):
+            raise _replaced() from error
+        raise
     held.environment.fault("open: added")
     pid = held.known().process
     return pid is not None and await held.source_calls(

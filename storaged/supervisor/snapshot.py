@@ -16,7 +16,8 @@ async def open_snapshot(
     spec: VolumeSpec, fingerprint: list[list[int]], path: str, session: Session, environment: Environment,
     blocking: BlockingCalls, timeout: float,
 ) -> None:
-    """Open the overlay at ``path`` over the base, which is open already; make the overlay where there is none."""
+    """Open the overlay at ``path`` over the base, which is open already; make one of the file that
+    ``overlay.create_new`` has made, where there is none yet."""
     snapshots = environment.layout.snapshots_dir
     backend = BACKENDS["file"]
 
@@ -27,7 +28,7 @@ async def open_snapshot(
     mark = await blocking("look at the overlay", timeout, overlay.check, snapshots, spec.name, fingerprint)
     limit = mark.limit if mark is not None else overlay.limit_of(spec)
     if mark is None:
-        await add_file(await blocking("create the overlay", timeout, overlay.create_new, path, limit), limit)
+        await add_file(overlay.new_file(path), limit)
         size = (await session.node_names())[blockdev.BASE]
         create = {
             "job-id": "create", "options": {"driver": "qcow2", "file": blockdev.OVERLAY_FILE, "size": size},

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from storaged.host import disk
 from storaged.host.blocking import BlockingCalls
 from storaged.model.plan import Device
+from storaged.model.powers import NO_POWERS, Powers
 from storaged.model.record import Record
 from storaged.model.spec import VolumeSpec
 from storaged.qsd.version import Build
@@ -90,6 +91,9 @@ class Transport(Protocol):
     def grows(self) -> bool:
         """Whether the disk can grow while it is attached."""
 
+    def powers(self, site: Site) -> Powers:
+        """Return what its QSD needs of the host."""
+
     def probe(self, build: Build | None) -> Availability:
         """Look, without changing anything, whether this host and this QSD can do it. None: of QSD nothing is known."""
 
@@ -166,6 +170,10 @@ class HostDevice:
     reconnects = False
     bridges = False
     grows = True
+
+    def powers(self, site: Site) -> Powers:
+        """Nothing: any user will do."""
+        return NO_POWERS
 
     def settings(self, spec: VolumeSpec, build: Build) -> dict[str, int]:
         """Nothing to choose."""

@@ -17,6 +17,7 @@ from storaged.errors import ErrorCode, StoragedError
 from storaged.host import disk, fusectl, loop, mounts
 from storaged.model.blockdev import DISK, EXPORT
 from storaged.model.plan import Device
+from storaged.model.powers import Powers
 from storaged.model.record import Record
 from storaged.qsd.version import Build, loop_direct_io_is_safe, parse_version
 from storaged.transports.base import Availability, Connected, HostDevice, Seen, Site
@@ -31,6 +32,13 @@ class FuseTransport(HostDevice):
     """The transport ``fuse``."""
 
     name = "fuse"
+
+    def powers(self, site: Site) -> Powers:
+        """libfuse mounts, and unmounts at the end (fuse_mount_sys in lib/mount.c): QSD takes no mount of others."""
+        return Powers(
+            capabilities=frozenset({"SYS_ADMIN"}), root="fuse mounts", mounts=True,
+            all_files="Landlock forbids to mount",
+        )
 
     def probe(self, build: Build | None) -> Availability:
         """FUSE and the loop driver in the kernel, QSD ≥ 6.0 with a FUSE export."""

@@ -37,10 +37,14 @@ _DEAD_TIMEOUT = Number("seconds that requests wait for a new QSD", 1, 365 * 8640
 _LOOK_EVERY = 500
 #: Larger requests gain nothing, smaller ones cost much (docs/benchmarks.md).
 _MAX_SECTORS_KB = 1024
-#: In the volume's directory.
-NBD_SOCKET = "nbd.sock"
+SOCKET = "nbd.sock"
 #: Seconds that QSD may take for a handshake: it is on this host, and asks no storage.
 _HANDSHAKE_PATIENCE = 10.0
+
+
+def nbd_socket(record: Record) -> str:
+    """The socket of the NBD server, in the volume's directory."""
+    return os.path.join(record.sockets, SOCKET)
 
 
 class NbdTransport(HostDevice):
@@ -106,7 +110,7 @@ class NbdTransport(HostDevice):
 
     def setup(self, site: Site, record: Record) -> list[tuple[str, dict[str, Any]]]:
         """The server, in the volume's directory (QSD's working directory: its path may be too long)."""
-        return [("nbd-server-start", {"addr": {"type": "unix", "data": {"path": NBD_SOCKET}}})]
+        return [("nbd-server-start", {"addr": {"type": "unix", "data": {"path": nbd_socket(record)}}})]
 
     def export(self, site: Site, record: Record) -> dict[str, Any]:
         """BlockExportOptionsNbd."""
@@ -234,7 +238,7 @@ def _connections(
     with contextlib.ExitStack() as stack:
         try:
             sockets = [
-                stack.enter_context(connect_unix(os.path.join(site.directory, NBD_SOCKET)))
+                stack.enter_context(connect_unix(os.path.join(site.directory, nbd_socket(record))))
                 for _ in range(record.settings["connections"])
             ]
         except OSError as error:

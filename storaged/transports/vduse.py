@@ -18,6 +18,7 @@ from storaged.errors import ErrorCode, StoragedError
 from storaged.host import disk, netlink, reconnectlog, vdpa, vduse, worker
 from storaged.model.blockdev import DISK, EXPORT
 from storaged.model.plan import Device
+from storaged.model.powers import Powers
 from storaged.model.record import Record
 from storaged.model.spec import VolumeSpec
 from storaged.observe.journald import about
@@ -56,6 +57,10 @@ class VduseTransport(HostDevice):
         "msg-timeout": f"{_MSG_TIMEOUT.about}; default 30",
         "bounce-size": f"{_BOUNCE_SIZE.about}; default: the kernel's, 64M",
     }
+
+    def powers(self, site: Site) -> Powers:
+        """/dev/vduse is root's; the kernel asks for no capability (drivers/vdpa/vdpa_user/vduse_dev.c)."""
+        return Powers(root="/dev/vduse is root's", uses=("/dev/vduse",))
 
     def probe(self, build: Build | None) -> Availability:
         """Linux 5.15 with VDPA_USER, VIRTIO_VDPA, VIRTIO_BLK; QSD 7.1 with vduse-blk."""

@@ -13,6 +13,8 @@ import contextlib
 import grp
 import os
 import pwd
+import shutil
+import stat
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +22,7 @@ from storaged.errors import ErrorCode, StoragedError
 from storaged.host.unixpeers import clients_of
 from storaged.model.blockdev import DISK, EXPORT
 from storaged.model.plan import Device
+from storaged.model.powers import NO_POWERS, Powers
 from storaged.model.record import Record
 from storaged.model.spec import VolumeSpec
 from storaged.qsd.version import Build
@@ -48,6 +51,15 @@ class VhostUserTransport:
         "socket-owner": "USER or USER:GROUP (names or numbers) that the socket belongs to, as libvirt-qemu; default: "
         "the daemon's",
     }
+
+    def powers(self, site: Site) -> Powers:
+        """Nothing, where it can make its socket in its own directory."""
+        if len(os.fsencode(_own(site))) <= _LONGEST:
+            return NO_POWERS
+        return Powers(
+            root="its directory has too long a path for a socket, and that of all sockets is root's",
+            sockets=(site.socket_directory,),
+        )
 
     def probe(self, build: Build | None) -> Availability:
         """QSD 5.2 with vhost-user-blk."""
@@ -92,7 +104,7 @@ class VhostUserTransport:
         """BlockExportOptionsVhostUserBlk."""
         options: dict[str, Any] = {
             "type": "vhost-user-blk", "id": EXPORT, "node-name": DISK, "iothread": IOTHREAD,
-            "addr": {"type": "unix", "path": self.socket(site)}, "writable": not record.spec.read_only,
+            "addr": {"type": "unix", "path": _bound(site, record)}, "writable": not record.spec.read_only,
             "num-queues": record.settings["queues"], "logical-block-size": record.spec.logical_block_size,
         }
         if record.spec.keeps_writes_in_memory:
@@ -106,9 +118,8 @@ class VhostUserTransport:
 
         def work() -> None:
             os.makedirs(site.socket_directory, mode=0o711, exist_ok=True)
-            for leftover in (path, _aside(path)):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(leftover)
+            for leftover in (path, _aside(path), _own(site)):
+                _remove(leftover)
 
         await site.blocking("prepare the socket", timeout, work)
 
@@ -119,7 +130,8 @@ class VhostUserTransport:
         device = Device.NONE
         if alive and record is not None and record.socket is not None and (there or aside):
             device = Device.HEALTHY if there else Device.UNSERVED
-        return Seen(reachable=there or aside, device=device, remains=there or aside)
+        remains = there or aside or os.path.lexists(_own(site))
+        return Seen(reachable=remains, device=device, remains=remains)
 
     def find_device(self, site: Site, record: Record | None) -> Connected | None:
         """The socket, which a virtual machine may be connected to."""
@@ -127,10 +139,16 @@ class VhostUserTransport:
         return Connected(None, socket=path) if any(map(os.path.lexists, (path, _aside(path)))) else None
 
     async def connect(self, site: Site, record: Record, timeout: float) -> Connected:
-        """Open the socket to its owner."""
+        """Put the socket in its place, and open it to its owner."""
         path = self.socket(site)
 
         def work() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(_own(site), path)
+            # Only here nobody can put another thing in its place any more.
+            if not stat.S_ISSOCK(os.lstat(path).st_mode):
+                _remove(path)
+                raise StoragedError(ErrorCode.DEVICE_FAILED, "qemu-storage-daemon has made no socket")
             os.chown(path, record.settings["uid"], record.settings["gid"], follow_symlinks=False)
             os.chmod(path, 0o660)
 
@@ -155,7 +173,7 @@ class VhostUserTransport:
             with contextlib.suppress(FileNotFoundError):
                 os.rename(path, _aside(path))
             try:
-                users = clients_of(path, _server(record))
+                users = clients_of(path, _server(record), _bound(site, record))
             except BaseException:
                 os.rename(_aside(path), path)
                 raise
@@ -179,10 +197,9 @@ class VhostUserTransport:
         def work() -> list[str]:
             users: list[str] = []
             with contextlib.suppress(OSError):  # the names are help
-                users = clients_of(path, _server(record))
-            for leftover in (path, _aside(path)):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(leftover)
+                users = clients_of(path, _server(record), _bound(site, record))
+            for leftover in (path, _aside(path), _own(site)):
+                _remove(leftover)
             return [f"its I/O waits, and may go on when this volume is attached again: {user}" for user in users]
 
         return await site.blocking("take the socket away", timeout, work)
@@ -207,6 +224,27 @@ class VhostUserTransport:
 def _aside(path: str) -> str:
     # Not a volume's name: it begins with a dot.
     return os.path.join(os.path.dirname(path), f".{os.path.basename(path)}")
+
+
+def _own(site: Site) -> str:
+    # Its own part of the volume's directory, as ``Record.sockets`` has it.
+    return os.path.join(site.directory, "tmp", "vm.sock")
+
+
+def _remove(path: str) -> None:
+    """Remove whatever is there: in its own directory a QSD that was taken over makes what it likes."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+    except IsADirectoryError:
+        shutil.rmtree(path)
+
+
+def _bound(site: Site, record: Record) -> str:
+    """Where QSD makes the socket. That of an older daemon, or with a long path, made it in its place at once."""
+    own = _own(site)
+    return own if record.sockets and len(os.fsencode(own)) <= _LONGEST else VhostUserTransport.socket(site)
 
 
 def _server(record: Record) -> int:

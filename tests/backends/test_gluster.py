@@ -17,6 +17,7 @@ import pytest
 from storaged.errors import ErrorCode
 from tests.backends.gluster_server import VOLUME, GlusterServer
 from tests.backends.servers import Load, network
+from tests.backends.within import opened_within
 from tests.harness import Daemon, eventually, reads, refuses, writes
 
 MIB = 1 << 20
@@ -169,3 +170,8 @@ def test_a_volume_that_was_stopped_is_told(server: GlusterServer, daemon: Daemon
         assert "started" in error.hint
     finally:
         server.start_brick()
+
+
+def test_all_but_its_user_is_taken_from_it(server: GlusterServer, daemon: Daemon, disk: Path) -> None:
+    opened_within(daemon, of(server), "NET_BIND_SERVICE", root=True, all_files=True)
+    opened_within(daemon, by_socket(server), "NET_BIND_SERVICE", root=True, all_files=True)

@@ -17,6 +17,7 @@ from storaged.errors import ErrorCode
 from storaged.qsd.version import curl_loses_requests, parse_version
 from tests.backends.secrecy import secret_is_nowhere
 from tests.backends.web_server import COOKIE, PASSWORD, USER, Nginx, make_disk
+from tests.backends.within import opened_within
 from tests.harness import Daemon, eventually, leftovers, mounted, refuses, run, writes
 
 MIB = 1 << 20
@@ -319,3 +320,7 @@ def test_a_copy_goes_with_its_volume_even_when_the_daemon_was_killed(
     run("cmp", device, disk)
     daemon.detach("a")
     assert leftovers(daemon.root) == []
+
+
+def test_a_copy_is_all_that_it_reads(server: Nginx, daemon: Daemon, disk: Path) -> None:
+    opened_within(daemon, f"{server.url}/disk.raw", "DAC_READ_SEARCH", read_only=True, options=WHOLE)

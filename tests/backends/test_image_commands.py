@@ -116,7 +116,7 @@ def test_a_disk_behind_nbd_with_tls_is_written_and_read(nbd: NbdServer, root: Da
     too_small = image(place / "c.qcow2", "qcow2", "9M")
     said_of_it = failure(root, "convert", *options(said, "--target-option"), too_small, source)
     assert "smaller than input" in said_of_it
-    assert "half-written" in said_of_it
+    assert "half-written" not in said_of_it
     assert "[invalid-argument]" in failure(root, "create", *options(said), source, "8M")
 
 

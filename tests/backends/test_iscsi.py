@@ -16,6 +16,7 @@ from tests.backends.accidents import Backed, ServerAccidents
 from tests.backends.iscsi_server import SECRET, TARGET, USER, IscsiServer
 from tests.backends.secrecy import secret_is_nowhere
 from tests.backends.servers import Load
+from tests.backends.within import opened_within
 from tests.harness import Daemon, as_json, error_of, eventually, image, mounted, reads, refuses, run, size_of, writes
 
 MIB = 1 << 20
@@ -256,3 +257,7 @@ def test_what_qemu_args_prints_opens_it(server: IscsiServer, daemon: Daemon, dis
     options = drive.removeprefix("if=none,id=sd-a,")
     assert options != drive
     run("qemu-img", "compare", "--image-opts", options, f"driver=raw,file.filename={disk}")
+
+
+def test_it_needs_no_root(guarded: IscsiServer, daemon: Daemon, key: str) -> None:
+    opened_within(daemon, guarded.source(), options={"user": USER, "password-file": key})

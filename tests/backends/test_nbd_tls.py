@@ -20,6 +20,7 @@ from storaged.errors import ErrorCode
 from tests.backends.secrecy import secret_is_nowhere
 from tests.backends.servers import EXPORT, Load, NbdServer
 from tests.backends.tls import Authority, key_file, with_certificates, with_keys
+from tests.backends.within import opened_within
 from tests.harness import Daemon, eventually, image, reads, refuses, run, writes
 
 MIB = 1 << 20
@@ -192,6 +193,20 @@ def test_nobody_writes_twice_with_tls_and_without(server: NbdServer, daemon: Dae
     server.start()
     daemon.attach("a", of(server, "nbd"))
     refuses(daemon, ErrorCode.SOURCE_IN_USE, of(server), "b", options=trusting(pki.trust))
+
+
+def test_it_needs_no_root(
+    server: NbdServer, near: NbdServer, near_source: str, daemon: Daemon, pki: Pki, place: Path
+) -> None:
+    server.start(*with_certificates(pki.server, ask=True))
+    # The key of the client is root's, and QEMU reads it itself.
+    opened_within(daemon, of(server), "DAC_READ_SEARCH", options=trusting(pki.client))
+    keys = key_file(place / "server/keys.psk", "bob", USER)
+    near.start(*with_keys(keys.parent))
+    # So is the socket; the keys are given to it.
+    opened_within(
+        daemon, near_source, "DAC_OVERRIDE", options={"tls-psk-file": str(keys), "tls-user": USER}
+    )
 
 
 # Keys

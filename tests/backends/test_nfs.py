@@ -14,6 +14,7 @@ from storaged.errors import ErrorCode
 from tests.backends.accidents import Backed, ServerAccidents
 from tests.backends.nfs_server import NfsServer
 from tests.backends.servers import Load, network
+from tests.backends.within import opened_within
 from tests.harness import Daemon, as_json, error_of, image, mounted, reads, refuses, run, size_of, writes
 
 MIB = 1 << 20
@@ -232,3 +233,8 @@ def test_what_qemu_args_prints_opens_it(server: NfsServer, daemon: Daemon, sourc
     options = drive.removeprefix("if=none,id=sd-a,")
     assert options != drive
     run("qemu-img", "compare", "--image-opts", options, f"driver=raw,file.filename={disk}")
+
+
+def test_it_needs_no_root_and_is_root_to_the_server(server: NfsServer, daemon: Daemon, source: str, disk: Path) -> None:
+    disk.chmod(0o600)
+    opened_within(daemon, source, "NET_BIND_SERVICE")

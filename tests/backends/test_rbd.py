@@ -17,6 +17,7 @@ from storaged.errors import ErrorCode
 from tests.backends.ceph_cluster import NAMESPACE, POOL, READER, USER, CephCluster
 from tests.backends.secrecy import secret_is_nowhere
 from tests.backends.servers import Load
+from tests.backends.within import opened_within
 from tests.harness import Daemon, as_json, error_of, eventually, mounted, reads, refuses, run, size_of, writes
 
 MIB = 1 << 20
@@ -508,3 +509,12 @@ def test_without_the_program_rbd_it_is_said_once_that_only_the_size_tells(
     assert "rbd is not installed" in stopped.log.read_text()
     pid = stopped.kill_qsd("a")
     eventually(lambda: stopped.replaced("a", pid), "a successor serves it", 40)
+
+
+def test_it_needs_no_root(
+    cluster: CephCluster, daemon: Daemon, disk: str, source: str, key: Path
+) -> None:
+    more, options = without_settings(cluster, key)
+    opened_within(daemon, f"rbd:{disk}{more}", options=options)
+    # The keyring is root's, or Ceph's.
+    opened_within(daemon, source, "DAC_READ_SEARCH")

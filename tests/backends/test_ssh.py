@@ -16,6 +16,7 @@ import pytest
 from storaged.errors import ErrorCode
 from tests.backends.servers import Load
 from tests.backends.ssh_server import SshServer
+from tests.backends.within import opened_within
 from tests.harness import Daemon, error_of, eventually, image, mounted, reads, refuses, run, size_of, writes
 
 MIB = 1 << 20
@@ -389,3 +390,7 @@ def test_a_detach_by_force_ends_while_the_server_is_away(
     assert daemon.names() == []
     assert agents(daemon) == []
     load.kill()
+
+
+def test_all_but_its_user_is_taken_from_it(server: SshServer, daemon: Daemon, source: str) -> None:
+    opened_within(daemon, source, root=True, options=server.options)

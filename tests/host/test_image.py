@@ -381,6 +381,25 @@ def test_a_target_that_was_there_and_is_half_written_is_said_to_be(root: Daemon,
         assert f"{target} is half-written" in process.stderr.read()
 
 
+def test_a_target_that_qemu_img_refuses_to_write_into_is_not_half_written(root: Daemon, place: Path) -> None:
+    (place / "key").write_bytes(PASSPHRASE)
+    (place / "wrong").write_bytes(b"wrong")
+    source, target, smaller = data(place / "a.raw", 2), data(place / "b.raw", 2), data(place / "c.raw", 1)
+    encrypted = luks_image(place / "e.luks", place / "key")
+    refusals: dict[str, tuple[Path, list[object]]] = {
+        "smaller than input": (smaller, [source]),
+        "Compression not supported": (target, ["-c", source]),
+        "load snapshot": (target, ["--snapshot", "none", qcow2(place / "d.qcow2", 1)]),
+        "Invalid password": (encrypted, ["--target-option", f"key-file={place / 'wrong'}", source]),
+    }
+    for why, (refused, words) in refusals.items():
+        before = refused.read_bytes()
+        said = failure(root, "convert", "-n", *words, refused)["text"]
+        assert why in said
+        assert "half-written" not in said
+        assert refused.read_bytes() == before
+
+
 def test_progress_is_a_bar_on_a_terminal(root: Daemon, place: Path) -> None:
     source = data(place / "a.raw", 48)
     parent, terminal = pty.openpty()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,21 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run("tar", "-x", "-C", place, "-f", place / "made.tar")
     (made_package,) = place.glob("*.deb")
     return made_package
+
+
+def test_a_fresh_root_is_given_its_first_volume_an_upgrade_and_a_purge(package: Path) -> None:
+    # What the package depends on comes from Debian's archive alone. Another Debian would need another package.
+    codename = platform.freedesktop_os_release()["VERSION_CODENAME"]
+    with open(package, "rb") as file, tarfile.open(package.parent / "package.tar", "w") as archive:
+        member = archive.gettarinfo(fileobj=file, arcname=package.name)
+        archive.addfile(member, file)
+    with open(package.parent / "package.tar", "rb") as archive_file:
+        done = subprocess.run(
+            [TOP / "scripts/in-fresh-root", codename, "scripts/try-deb", "--inside"], stdin=archive_file,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=290, check=False,
+        )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "try-deb: installed, upgraded, removed and purged" in done.stdout
 
 
 def test_the_package_has_the_program_its_pages_completions_units_and_configuration(package: Path) -> None:

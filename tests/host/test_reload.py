@@ -44,3 +44,37 @@ def test_a_bad_file_changes_nothing_and_sighup_does_the_same_as_the_command(daem
     daemon.process.send_signal(signal.SIGHUP)
     eventually(lambda: "reloaded; now in force: attach_timeout\n" in daemon.log.read_text(), "it is in force")
     assert daemon.answers()
+
+
+def test_a_reload_fails_and_says_which_file_of_a_volume_is_wrong_and_takes_the_others(
+    daemon: Daemon, place: Path
+) -> None:
+    files = Path(daemon.layout.volume_files)
+    files.mkdir(parents=True)
+    wish = f"source = '{image(place / 'a.raw', 'raw')}'\ntransport = 'fuse'\n"
+    configure(daemon, "detach_timeout = 7\n")
+    (files / "good.toml").write_text(wish)
+    (files / "typo.toml").write_text(wish.replace("source", "sorce"))
+    (files / "option.toml").write_text(wish + "options = { cahce = 'none' }\n")
+    done = daemon.cli("daemon", "--reload", check=False)
+    assert done.returncode == 1
+    assert done.stdout == "in force now: detach_timeout\nattaching: good\n"
+    assert f"storaged: volume typo: {files / 'typo.toml'}: unknown key 'sorce' [invalid-argument]" in done.stderr
+    assert "hint: did you mean 'source'?" in done.stderr
+    assert "storaged: volume option: " in done.stderr
+    assert "cahce" in done.stderr
+    eventually(lambda: daemon.online("good"), "the good one is attached")
+    # It fails each time, until they are right; what is attached otherwise is told, and is no failure.
+    assert daemon.cli("daemon", "--reload", check=False).returncode == 1
+    (files / "typo.toml").unlink()
+    (files / "option.toml").unlink()
+    (files / "good.toml").write_text(wish + "read_only = true\n")
+    done = daemon.cli("daemon", "--reload")
+    assert "detach, and reload again): good" in done.stderr
+    (files / "good.toml").write_text(wish)
+    assert daemon.cli("daemon", "--reload").stdout == "nothing has changed\n"
+    # A wrong configuration is found first, and changes nothing.
+    (files / "other.toml").write_text(wish.replace("a.raw", "b.raw"))
+    configure(daemon, "detach_timuot = 7\n")
+    assert "detach_timuot" in daemon.cli("daemon", "--reload", check=False).stderr
+    assert daemon.names() == ["good"]

@@ -9,9 +9,11 @@ import socket
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from storaged.errors import ErrorCode
+from storaged.errors import ErrorCode, StoragedError
 from tests.harness import (
     STORAGED,
     Daemon,
@@ -101,7 +103,8 @@ def test_a_directory_of_files_that_cannot_be_read_ends_nothing(stopped: Daemon, 
     stopped.attach("b", image(place / "b.raw", "raw"), transport="fuse")
     path.parent.rename(place / "away")
     path.parent.touch()
-    assert error_of(lambda: stopped.call("Reload")).code is ErrorCode.INVALID_ARGUMENT
+    done = stopped.cli("daemon", "--reload", check=False)
+    assert (done.returncode, "[invalid-argument]" in done.stderr) == (1, True)
     stopped.stop()
     stopped.start()
     eventually(lambda: stopped.online("b"), "the other is there")
@@ -267,19 +270,58 @@ def test_it_tells_when_it_is_ready_and_feeds_the_watchdog_while_a_volume_hangs(s
     eventually(lambda: service.has_heard(b"STOPPING=1"), "it has told that it ends")
 
 
-def test_a_socket_from_the_service_manager_outlives_the_daemon(stopped: Daemon) -> None:
-    path = Path(stopped.layout.socket)
+@contextmanager
+def kept_socket(daemon: Daemon) -> Iterator[int]:
+    """The API's socket, kept open as systemd does; yields its descriptor, which each daemon gets."""
+    path = Path(daemon.layout.socket)
     path.parent.mkdir(parents=True)
-    starter = (
-        "import os, socket, sys\n"
-        "s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen(); os.dup2(s.fileno(), 9); os.dup2(9, 3)\n"
-        "os.environ |= {'LISTEN_FDS': '1', 'LISTEN_PID': str(os.getpid())}\n"
-        "os.execv(sys.argv[2], sys.argv[2:])\n"
-    )
-    stopped.start(command=["python3", "-c", starter, str(path)])
-    assert stopped.names() == []
-    assert stopped.stop() == 0
-    assert path.exists()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        yield listener.fileno()
+
+
+def test_a_socket_from_the_service_manager_outlives_the_daemon(stopped: Daemon) -> None:
+    with kept_socket(stopped) as listener:
+        stopped.start(listener=listener)
+        assert stopped.names() == []
+        assert stopped.stop() == 0
+        assert Path(stopped.layout.socket).exists()
+        stopped.start(listener=listener)
+        assert stopped.stop() == 0
+    stopped.start()
+
+
+def test_who_asks_while_the_daemon_is_started_anew_gets_an_answer(stopped: Daemon) -> None:
+    over, answers, errors = threading.Event(), itertools.count(), []
+
+    def ask() -> None:
+        while not over.is_set():
+            try:
+                stopped.call("List")
+                next(answers)
+            except StoragedError as error:
+                errors.append(error)
+
+    askers = [threading.Thread(target=ask) for _ in range(4)]
+    with kept_socket(stopped) as listener:
+        stopped.start(listener=listener)
+        for asker in askers:
+            asker.start()
+        try:
+            for number in (signal.SIGTERM, signal.SIGKILL) * 2:
+                asked = next(answers)
+                eventually(lambda asked=asked: next(answers) > asked + 50, "they ask")  # type: ignore[misc]
+                assert stopped.process is not None
+                stopped.process.send_signal(number)
+                stopped.process.wait(60)
+                stopped.start(listener=listener)
+        finally:
+            over.set()
+            for asker in askers:
+                asker.join()
+        assert errors == []
+        assert stopped.stop() == 0
     stopped.start()
 
 

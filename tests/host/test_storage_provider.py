@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import errno
 import json
 import os
@@ -84,6 +85,29 @@ def test_what_was_written_to_the_volume_is_read_through_the_descriptor(daemon: D
     assert (place / "a.raw").read_bytes()[2 * MIB:].startswith(b"through the descriptor")
 
 
+def test_a_descriptor_that_is_on_its_way_is_waited_for(daemon: Daemon, place: Path) -> None:
+    daemon.attach("a", image(place / "a.raw", "raw"), transport="fuse")
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        with acquired(daemon, "a") as (fd, _):
+            socket.send_fds(ours, [b"x"], [fd])
+        # As when systemd-vmspawn has given it to a QEMU that has not taken it yet: no process has it.
+        early = error_of(lambda: daemon.detach("a", timeout=2))
+        assert (early.code, daemon.online("a")) == (ErrorCode.DEVICE_IN_USE, True)
+        assert "on its way" in early.cause
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            detach = pool.submit(lambda: error_of(lambda: daemon.detach("a")))
+            eventually(lambda: daemon.states()["a"] == "detaching", "it waits")
+            _, (taken,), _, _ = socket.recv_fds(theirs, 1, 1)
+            try:
+                assert detach.result(30).code is ErrorCode.DEVICE_IN_USE
+                assert os.pwrite(taken, bytes(512), 0) == 512
+                os.fsync(taken)
+            finally:
+                os.close(taken)
+    daemon.detach("a")
+
+
 def test_a_volume_is_mounted_through_the_descriptor_as_mount_storage_does(daemon: Daemon, place: Path) -> None:
     device = daemon.device("a", image(place / "a.qcow2"), format="qcow2", transport="fuse")
     run("mkfs.ext4", "-q", device)
@@ -96,7 +120,7 @@ def test_a_volume_is_mounted_through_the_descriptor_as_mount_storage_does(daemon
         )
     (directory / "file").write_text("there")
     run("umount", directory)
-    daemon.detach("a")
+    daemon.detach("a", force=True)
 
 
 def test_a_read_only_volume_is_given_for_reading(daemon: Daemon, place: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
 import sys
 from pathlib import Path
@@ -269,6 +270,30 @@ def test_a_machine_keeps_its_disk_when_the_record_is_lost(daemon: Daemon, place:
 def test_a_dead_qsd_can_be_detached(daemon: Daemon, place: Path) -> None:
     attach(daemon, image(place / "a.raw", "raw"))
     daemon.kill_qsd("a")
+    daemon.detach("a")
+    nothing_is_left(daemon)
+
+
+def test_a_qsd_that_dies_before_its_socket_is_in_its_place_leaves_nothing(stopped: Daemon, place: Path) -> None:
+    source = image(place / "a.raw", "raw")
+    stopped.start(fault="after export")
+    error_of(lambda: stopped.attach("a", source, transport="vhost-user"))
+    stopped.wait_dead()
+    os.kill(int((Path(stopped.layout.volume_dir("a")) / "qsd.pid").read_text()), signal.SIGKILL)
+    stopped.start()
+    eventually(lambda: stopped.online("a"), "a successor serves it")
+    stopped.detach("a")
+    nothing_is_left(stopped)
+
+
+def test_what_a_qsd_put_in_the_place_of_its_socket_is_removed(daemon: Daemon, place: Path) -> None:
+    source = image(place / "a.raw", "raw")
+    attach(daemon, source)
+    other = Path(daemon.layout.volume_dir("a")) / "tmp" / "vm.sock"
+    (other / "x").mkdir(parents=True)
+    daemon.kill_qsd("a")
+    eventually(lambda: stat.S_ISSOCK(os.stat(str(daemon.show("a")["socket"])).st_mode), "a successor has a socket")
+    eventually(lambda: daemon.online("a"), "a successor serves it")
     daemon.detach("a")
     nothing_is_left(daemon)
 

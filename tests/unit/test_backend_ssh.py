@@ -211,3 +211,10 @@ def test_what_qemu_says_is_explained(text: str, code: ErrorCode) -> None:
     assert error.cause == text
     assert error.hint
     assert "QEMU" not in error.hint, "explained by nothing but the words of QEMU"
+
+
+def test_it_may_read_roots_own_keys_where_no_other_key_is_said() -> None:
+    location = BACKEND.parse("ssh://h/x", {})
+    assert BACKEND.powers(location, {}).reads == ("/root/.ssh",)
+    for option in ("ssh-key", "agent"):
+        assert "/root/.ssh" not in BACKEND.powers(location, {option: "/x"}).reads

@@ -52,7 +52,7 @@ def test_a_name_is_found_in_each_spelling_of_what_is_allowed(name: str, allowed:
     ("rbd:pool/base:id=me", "rbd:pool/"),
     ("rbd:pool2/base", "rbd:pool/"),
     ("http://host/a?x=y", "http://host/"),
-    ("nfs://host/srv/a?uid=0", "nfs://host/srv/"),
+    ("nfs://host/srv/a?uid=1", "nfs://host/srv/"),
     ("/srv/a", "nbd://host/"),
     ("file:/srv/a", "nbd://host/"),
     ("nosuch:x", "nbd://host/"),

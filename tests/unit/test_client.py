@@ -17,7 +17,7 @@ import pytest
 from storaged.api import client as client_module
 from storaged.api.client import Client
 from storaged.errors import ErrorCode, StoragedError
-from tests.unit.fake_daemon import JSON, FakeDaemon, event, failure, volume
+from tests.unit.fake_daemon import JSON, FakeDaemon, Hangup, event, failure, volume
 
 
 @pytest.fixture
@@ -248,6 +248,25 @@ def test_a_question_whose_answer_is_lost_can_be_asked_again(daemon: FakeDaemon, 
     error = refused(daemon.path, method)
     assert error.code is ErrorCode.DAEMON_UNREACHABLE
     assert "unknown" not in error.message
+
+
+@pytest.mark.parametrize("method", ["List", "Show", "Attach", "Detach", "Park"])
+def test_a_question_is_asked_once_more_where_the_daemon_went_away_with_it_and_a_change_is_not(
+    daemon: FakeDaemon, method: str
+) -> None:
+    def goes_away_first(request: JSON) -> Iterator[JSON]:
+        if len(daemon.asked(method)) == 1:
+            raise Hangup
+        yield {"parameters": {"told": True}}
+
+    daemon.handlers[method] = goes_away_first
+    if method in ("List", "Show"):
+        with Client(str(daemon.path)) as client:
+            assert client.call(method, {"name": "web1"}, timeout=10) == {"told": True}
+        assert daemon.asked(method) == [{"name": "web1"}] * 2
+    else:
+        assert "outcome is unknown" in refused(daemon.path, method).message
+        assert len(daemon.asked(method)) == 1
 
 
 def test_an_answer_cut_off_in_the_middle_is_a_lost_one(tmp_path: Path) -> None:

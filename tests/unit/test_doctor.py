@@ -70,6 +70,7 @@ HEALTHY = Facts(
     daemon_version="0.1.0",
     own_version="0.1.0",
     openers=(Opener("qemu-storage-daemon", ("file", "nbd", "rbd"), QsdVersion(10, 0, 13)),),
+    landlock=6,
 )
 
 
@@ -415,3 +416,14 @@ def test_what_is_no_configuration_is_an_error(
     err = capsys.readouterr().err
     assert what in err
     assert "[invalid-argument]" in err
+
+
+def test_what_keeps_a_qsd_less_short_than_it_could_be_is_said() -> None:
+    assert "Landlock 6" in found("sandbox").detail
+    for changes, said in (
+        ({"sandbox": False}, "is root"), ({"landlock": 0}, "no Landlock"), ({"no_users": "no CAP_KILL"}, "CAP_KILL"),
+    ):
+        finding = found("sandbox", **changes)
+        assert finding.status is Status.WARN
+        assert said in finding.detail
+        assert finding.hint

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -339,6 +341,21 @@ def test_an_attach_that_meets_a_detach_becomes_a_new_attach(
         assert len(world.made) == 2
 
     with_manager(tmp_path, store, work)
+
+
+def test_the_memory_of_a_volume_that_is_gone_is_freed(tmp_path: Path, spec: VolumeSpec, world: type[World]) -> None:
+    async def work(manager: Manager) -> None:
+        volume = weakref.ref(await manager.attach(spec, None))
+        await manager.detach("a", force=False, timeout=None)
+        world.made.clear()
+        while volume() is not None:  # noqa: ASYNC110 -- the collector tells nobody
+            await asyncio.sleep(0.01)
+
+    gc.disable()  # it would come to it some time, or much later
+    try:
+        with_manager(tmp_path, MemoryStore(), work)
+    finally:
+        gc.enable()
 
 
 def test_an_attach_right_after_a_detach_was_answered_or_in_its_last_moment_is_a_new_one(

@@ -198,3 +198,17 @@ def test_spellings_of_a_source_behind_a_server_are_compared_without_asking_it(tm
     encrypted = spec("nbds://a.invalid/x", options={"tls-certificates": "/pki"})
     assert not opening.same_source(spec("nbd://a.invalid/x"), encrypted)
     assert not opening.same_source(spec("nbd://a.invalid/x"), spec(str(image)))
+
+
+def test_a_storage_that_does_not_answer_is_no_other_file(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = opening.inspect(spec(image))
+    assert not opening.was_replaced(found)
+
+    def stat(path: str) -> os.stat_result:
+        raise OSError(5, os.strerror(5))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", stat)
+        assert not opening.was_replaced(found)
+    image.rename(image.with_suffix(".old"))
+    assert opening.was_replaced(found)

@@ -179,6 +179,47 @@ def test_of_one_that_is_killed_within_a_call_the_outcome_is_not_known(workers: W
     assert workers.call({"family": "nlctrl"}) is True
 
 
+#: One that takes its time until it can be asked, as on a busy host that boots; each leaves a file.
+STARTS_SLOWLY = """
+import runpy, sys, tempfile, time
+tempfile.mkstemp(dir=sys.argv[1])
+time.sleep(3)
+runpy.run_path(sys.argv[2], run_name="__main__")
+"""
+
+
+def test_while_one_takes_long_to_start_it_is_waited_for_and_no_others_are_started(tmp_path: Path) -> None:
+    (tmp_path / "started").mkdir()
+    program = (sys.executable, "-c", STARTS_SLOWLY, str(tmp_path / "started"), workerchild.__file__)
+    workers = Workers(program, slow=0.5, most=3)
+    workers.start()
+    calls = [Call(lambda: workers.call({"write": [os.devnull, "x"]})) for _ in range(8)]
+    time.sleep(1)
+    assert workers.hanging == 0
+    for call in calls:
+        call.thread.join(30)
+    assert [call.error for call in calls] == [None] * 8
+    assert len(list((tmp_path / "started").iterdir())) == 1
+    workers.close()
+
+
+def test_one_that_does_not_start_at_all_counts_as_one_that_hangs(tmp_path: Path) -> None:
+    never = STARTS_SLOWLY.replace("sleep(3)", "sleep(600)")
+    before, workers = children(), Workers((sys.executable, "-c", never, str(tmp_path), workerchild.__file__),
+                                          starting=0.5, most=2)
+    calls = [Call(lambda: workers.call({"write": [os.devnull, "x"]})) for _ in range(2)]
+    eventually(lambda: workers.hanging == 2, "both hang")
+    assert error_of(lambda: workers.call({})).code is ErrorCode.HOST_STUCK
+
+    def killed() -> bool:
+        # Nobody has heard of what they were asked: others are.
+        for pid in children() - before:
+            os.kill(pid, signal.SIGKILL)
+        return all(call.ended for call in calls)
+
+    eventually(killed, "they give up")
+
+
 def test_a_program_that_cannot_run_ends_with_a_failure_and_not_in_a_loop() -> None:
     workers = Workers(("/bin/false",))
     begin = time.monotonic()

@@ -83,7 +83,7 @@ while True:
         if WHEN == "its first client comes" and b"nbd.sock" in data:
             data = data.replace(b"nbd.sock", b"not.sock")
             trap = socket.socket(socket.AF_UNIX)
-            trap.bind("nbd.sock")
+            trap.bind("tmp/nbd.sock")
             trap.listen()
         seen += data
         monitor.sendall(data)
@@ -112,7 +112,8 @@ def source(place: Path) -> Path:
 def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     daemon = Daemon(tmp_path_factory.mktemp("other") / "root")
     daemon.root.mkdir()
-    with_config(daemon, f'[qsd]\nbinary = "{qsd_of(daemon)}"\n')
+    # Who meddles has more to do than a QSD may.
+    with_config(daemon, f'[qsd]\nsandbox = false\nbinary = "{qsd_of(daemon)}"\n')
     write_qsd(daemon, f'exec {QSD} "$@"')
     daemon.start()
     yield daemon

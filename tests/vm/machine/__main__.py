@@ -31,6 +31,9 @@ LOGS = "/run/storaged-vm"
 COLLECT = f"""
 mkdir -p {LOGS}; cd {LOGS}
 dmesg >dmesg.log; journalctl -b --no-pager -o short-monotonic >journal.log
+ps -eo pid,ppid,stat,etimes,time,wchan:20,args >ps.log
+# The boot before, where a test has kept it.
+journalctl -b -1 --no-pager -o short-monotonic >journal-before.log 2>/dev/null || rm journal-before.log
 tar -c .
 """
 
@@ -244,7 +247,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     ))
     parser.add_argument("--machine", choices=MACHINES, default=os.environ.get("MACHINE") or "trixie",
                         help="which Debian (default: $MACHINE, or trixie)")
-    parser.add_argument("--deadline", type=float, default=3600, metavar="SECONDS",
+    parser.add_argument("--deadline", type=float, default=2400, metavar="SECONDS",
                         help="how long a command may take; 0: for ever (default: %(default)s)")
     parser.add_argument("--logs", type=log_directory, default=LAST.name, metavar="NAME", help=(
         "leave the logs of a machine of its own in .cache/vm/NAME, where two run at a time (default: %(default)s)"

@@ -36,7 +36,7 @@ KERNEL_ARGUMENTS = (
     # The host may let the machine stand still for a while: that is no lockup, and no timer that does not work (which
     # the kernel panics of as it boots).
     "nowatchdog rcupdate.rcu_cpu_stall_suppress=1 no_timer_check "
-    "systemd.show_status=false TERM=dumb audit=0 lsm=capability 8250.nr_uarts=1"
+    "systemd.show_status=false TERM=dumb audit=0 lsm=landlock,capability 8250.nr_uarts=1"
 )
 
 
