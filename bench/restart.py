@@ -185,8 +185,9 @@ class Load:
             raise SystemExit(f"I/O errors: {wrong}")
         found = []
         for number in range(1, len(jobs) + 1):
-            lines = (line.split(", ") for line in (self._directory / f"log_lat.{number}.log").read_text().splitlines())
-            found.append([Done(float(words[0]), int(words[1]) / 1e6) for words in lines])
+            log = self._directory / f"log_lat.{number}.log"  # none where fio's thread did not get to any I/O
+            lines = log.read_text().splitlines() if log.exists() else []
+            found.append([Done(float(words[0]), int(words[1]) / 1e6) for words in (line.split(", ") for line in lines)])
         return found
 
     def kill(self) -> None:
@@ -208,7 +209,7 @@ def figures_of(volumes: Sequence[Sequence[Done]], begin: float, end: float, rate
             if later.ended >= begin and earlier.ended <= end
         ]
         if not took or not between:
-            raise SystemExit("a volume had no I/O at all")
+            raise SystemExit("a volume had no I/O at all: this machine is too busy, or too slow for that rate (--rate)")
         longest.append(max(took))
         gaps.append(max(between))
         every += took
