@@ -28,7 +28,7 @@ BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 # -cx16: QEMU 7.2 emulates it in a way that makes the kernel fault. The others are slow when emulated, and who finds
 # them uses them: together they take half of the machine's speed.
-PROCESSOR = os.environ.get("XP") or "max,-cx16,-la57,-avx,-avx2,-xsave,-erms,-fsrm"
+PROCESSOR = "max,-cx16,-la57,-avx,-avx2,-xsave,-erms,-fsrm"
 KERNEL_ARGUMENTS = (
     "root=/dev/vda rw console=ttyS0 loglevel=5 mitigations=off net.ifnames=0 "
     # What is wrong with the kernel has to end the machine, and to say so on the console.
