@@ -20,6 +20,7 @@ import contextlib
 import itertools
 import json
 import os
+import random
 import shutil
 import signal
 import statistics
@@ -35,6 +36,7 @@ from common import Daemon, end_in_order, machine, middle, quartiles, ratios, run
 
 from storaged.api.client import Client
 from storaged.errors import StoragedError
+from storaged.host import disk
 from storaged.model.layout import Layout
 
 _PATIENCE = 300.0
@@ -154,6 +156,14 @@ class Done(NamedTuple):
     took: float
 
 
+def ended(device: str) -> int:
+    """How many requests of a device have ended so far."""
+    progress = disk.progress(device)
+    if progress is None:
+        raise SystemExit(f"nothing is counted of {device}")
+    return progress.ended
+
+
 class Load:
     """fio on all devices: a thread for each, direct reads and writes of 4 KiB, so many of each in a second.
 
@@ -162,6 +172,7 @@ class Load:
 
     def __init__(self, devices: Sequence[str], directory: Path, rate: float) -> None:
         self._directory = directory
+        self._ended = {device: ended(device) for device in devices}
         jobs: list[str] = []
         for number, device in enumerate(devices):
             delay = f"{round(number * 1000 / rate / len(devices))}ms"
@@ -175,6 +186,14 @@ class Load:
             ],
             stdout=subprocess.PIPE, text=True, start_new_session=True,
         )
+
+    def await_begun(self) -> None:
+        """Wait until each device has done something: fio takes a while to start so many threads."""
+        deadline = time.monotonic() + _PATIENCE
+        while idle := [device for device, before in self._ended.items() if ended(device) < before + 2]:
+            if time.monotonic() > deadline or self._process.poll() is not None:
+                raise SystemExit(f"fio does nothing on {', '.join(idle)}")
+            time.sleep(0.1)
 
     def end(self) -> list[list[Done]]:
         """End it. Return each volume's I/O, in the order in which it ended."""
@@ -213,13 +232,14 @@ def figures_of(volumes: Sequence[Sequence[Done]], begin: float, end: float, rate
         longest.append(max(took))
         gaps.append(max(between))
         every += took
-    within = sum(begin < one.ended <= end for volume in volumes for one in volume)
+    # Of the whole time, and at its begin one of both: what counts is too short for a rate that is not even.
+    wanted = sum(2 * rate * (volume[-1].ended - volume[0].ended) / 1000 + 2 for volume in volumes)
     return {
         "one I/O, longest of all": max(longest), "one I/O, longest of the median volume": statistics.median(longest),
         "one I/O, 99 % of all": statistics.quantiles(every, n=100)[98], "one I/O, median": statistics.median(every),
         "between two of a volume, longest of all": max(gaps),
         "between two of a volume, longest of the median volume": statistics.median(gaps),
-        "of the I/O asked for, done": within / (2 * rate * len(volumes) * (end - begin) / 1000),
+        "of the I/O asked for, done": sum(map(len, volumes)) / wanted,
     }
 
 
@@ -233,7 +253,9 @@ def phase(storaged: Service, rate: float, settle: float, lasts: float | None) ->
     with tempfile.TemporaryDirectory(dir="/run") as directory:
         load = Load([device for device, _, _ in before.values()], Path(directory), rate)
         try:
-            time.sleep(settle + 1 / rate)  # the last one begins that much later
+            load.await_begun()
+            # At no fixed moment between two I/Os, of which many come at a time.
+            time.sleep(settle + random.random() / rate)
             begin = time.time()
             if lasts is None:
                 told["until it is restarted"] = timed(storaged.restart)
