@@ -236,7 +236,8 @@ def figures_of(volumes: Sequence[Sequence[Done]], begin: float, end: float, rate
     wanted = sum(2 * rate * (volume[-1].ended - volume[0].ended) / 1000 + 2 for volume in volumes)
     return {
         "one I/O, longest of all": max(longest), "one I/O, longest of the median volume": statistics.median(longest),
-        "one I/O, 99 % of all": statistics.quantiles(every, n=100, method="inclusive")[98], "one I/O, median": statistics.median(every),
+        "one I/O, 99 % of all": statistics.quantiles(every, n=100, method="inclusive")[98],
+        "one I/O, median": statistics.median(every),
         "between two of a volume, longest of all": max(gaps),
         "between two of a volume, longest of the median volume": statistics.median(gaps),
         "of the I/O asked for, done": sum(map(len, volumes)) / wanted,
