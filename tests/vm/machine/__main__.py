@@ -247,7 +247,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     ))
     parser.add_argument("--machine", choices=MACHINES, default=os.environ.get("MACHINE") or "trixie",
                         help="which Debian (default: $MACHINE, or trixie)")
-    parser.add_argument("--deadline", type=float, default=3600, metavar="SECONDS",
+    parser.add_argument("--deadline", type=float, default=2400, metavar="SECONDS",
                         help="how long a command may take; 0: for ever (default: %(default)s)")
     parser.add_argument("--logs", type=log_directory, default=LAST.name, metavar="NAME", help=(
         "leave the logs of a machine of its own in .cache/vm/NAME, where two run at a time (default: %(default)s)"
