@@ -1,5 +1,8 @@
 """How long I/O waits while storaged is restarted, with 100 volumes under I/O, against the same without, in turns.
 
+And against the start of another daemon, which has no volumes: what that costs I/O is the processor that a program takes
+as it starts, and not that volumes wait for their daemon.
+
     .venv/bin/python bench/restart.py [--transport T] [--volumes N] [--rate R] [--rounds N] [--json FILE]
     scripts/vm run 'python bench/restart.py'
 
@@ -8,9 +11,10 @@ where nothing else does, in the test machine above all. Elsewhere a daemon with 
 the next one is started. In both the qemu-storage-daemons stay, and that is looked at. (root)
 
 What counts is from the moment in which the restart is asked for until a second after the last volume is adopted; and in
-the same load without a restart, a time as long. I/O is at a rate that leaves the processors most of their time, as told
-by how much of it was done: where that is less than all, the machine was too slow for the rate, and the figures say
-nothing. Two I/Os of a volume end as far from each other as the rate has it, whatever happens (1000 ms divided by it).
+the same load without a restart, or beside another daemon that is started and ended, a time as long. I/O is at a rate
+that leaves the processors most of their time, as told by how much of it was done: where that is less than all, the
+machine was too slow for the rate, and the figures say nothing. Two I/Os of a volume end as far from each other as the
+rate has it, whatever happens (1000 ms divided by it).
 """
 
 from __future__ import annotations
@@ -42,6 +46,9 @@ from storaged.model.layout import Layout
 _PATIENCE = 300.0
 #: Seconds after the last volume is adopted that count, too.
 _AFTER = 1.0
+#: What is compared.
+RESTARTED, OTHER, ALONE = "restarted", "another one started", "left alone"
+Figures = dict[str, list[dict[str, float]]]
 #: Of the I/O that was asked for: less was done by a machine that is too slow.
 _ENOUGH = 0.95
 
@@ -244,8 +251,8 @@ def figures_of(volumes: Sequence[Sequence[Done]], begin: float, end: float, rate
     }
 
 
-def phase(storaged: Service, rate: float, settle: float, lasts: float | None) -> dict[str, float]:
-    """One load, with a restart in it, or without: then ``lasts`` is how many seconds count.
+def phase(storaged: Service, rate: float, settle: float, kind: str, lasts: float) -> dict[str, float]:
+    """One load, and what is done meanwhile; ``lasts`` is how many seconds count where there is no restart.
 
     ``settle``: seconds of I/O before, and again so many for what was under way at the end, so that it is told, too.
     """
@@ -258,52 +265,59 @@ def phase(storaged: Service, rate: float, settle: float, lasts: float | None) ->
             # At no fixed moment between two I/Os, of which many come at a time.
             time.sleep(settle + random.random() / rate)
             begin = time.time()
-            if lasts is None:
+            if kind == RESTARTED:
                 told["until it is restarted"] = timed(storaged.restart)
                 told["until all are adopted"] = told["until it is restarted"] + timed(lambda: await_online(storaged))
                 time.sleep(_AFTER)
             else:
-                time.sleep(lasts)
+                if kind == OTHER:
+                    Daemon().close()
+                time.sleep(max(0.0, begin + lasts - time.time()))
             end = time.time()
             time.sleep(settle + 1 / rate)
             told |= figures_of(load.end(), begin * 1000, end * 1000, rate)
         except BaseException:
             load.kill()
             raise
-    if (storaged.pid() != pid) is not (lasts is None):
+    if (storaged.pid() != pid) is not (kind == RESTARTED):
         raise SystemExit("the daemon was not the one that it should be")
     if servers(storaged) != before:
         raise SystemExit("a restart has changed a device or a qemu-storage-daemon")
     return told | {"seconds": end - begin}
 
 
-def measured(storaged: Service, rate: float, settle: float, rounds: int) -> dict[bool, list[dict[str, float]]]:
-    """So many rounds of both, restarted and not; the order changes from round to round."""
-    found: dict[bool, list[dict[str, float]]] = {True: [], False: []}
+def measured(storaged: Service, rate: float, settle: float, rounds: int) -> Figures:
+    """So many rounds of all three; the order changes from round to round."""
+    found: Figures = {RESTARTED: [], OTHER: [], ALONE: []}
     for turn in range(rounds):
         # The first of all has to tell how long the others last.
-        for restarts in (True, False) if turn % 2 == 0 else (False, True):
-            told = phase(storaged, rate, settle, None if restarts else found[True][-1]["seconds"])
-            found[restarts].append(told)
+        for kind in list(found)[:: 1 if turn % 2 == 0 else -1]:
+            lasts = found[RESTARTED][-1]["seconds"] if found[RESTARTED] else 0.0
+            told = phase(storaged, rate, settle, kind, lasts)
+            found[kind].append(told)
             print(
-                f"round {turn + 1}, {'restarted' if restarts else 'left alone'}: "
-                + "; ".join(f"{key} {value:.3g}" for key, value in told.items()), file=sys.stderr, flush=True,
+                f"round {turn + 1}, {kind}: " + "; ".join(f"{key} {value:.3g}" for key, value in told.items()),
+                file=sys.stderr, flush=True,
             )
     return found
 
 
-def table(found: dict[bool, list[dict[str, float]]]) -> str:
-    """Median of the rounds, and spread, of both and of the ratio."""
-    lines = ["| ms | restarted | left alone | ratio of medians; pair by pair |", "|---|---|---|---|"]
-    for key in found[False][0]:
+def table(found: Figures) -> str:
+    """Median of the rounds, and spread, of all three and of the ratio."""
+    lines = [
+        f"| ms | {' | '.join(found)} | {RESTARTED}: of {ALONE}; pair by pair | {RESTARTED}: of {OTHER}; pair by pair |",
+        "|---|---|---|---|---|---|",
+    ]
+    for key in found[ALONE][0]:
         if key == "seconds":
             continue
-        both = {restarts: [told[key] for told in found[restarts]] for restarts in (True, False)}
-        digits = 2 if max(*both[True], *both[False]) < 10 else 0
-        cells = [middle(both[restarts], digits) for restarts in (True, False)]
-        lines.append(f"| {key} | {' | '.join(cells)} | {ratios(both[True], both[False])} |")
+        of = {kind: [told[key] for told in each] for kind, each in found.items()}
+        digits = 2 if max(max(values) for values in of.values()) < 10 else 0
+        cells = [middle(values, digits) for values in of.values()]
+        cells += [ratios(of[RESTARTED], of[kind]) for kind in (ALONE, OTHER)]
+        lines.append(f"| {key} | {' | '.join(cells)} |")
     for key in ("until it is restarted", "until all are adopted"):
-        lines.append(f"| {key} | {middle([told[key] for told in found[True]], 0)} | | |")
+        lines.append(f"| {key} | {middle([told[key] for told in found[RESTARTED]], 0)} | | | | |")
     return "\n".join(lines)
 
 
@@ -334,7 +348,7 @@ def main() -> int:
     if options.json:
         Path(options.json).write_text(json.dumps({
             "machine": about, "volumes": options.volumes, "transport": transport, "rate": options.rate,
-            "alone": alone, "restarted": found[True], "left alone": found[False],
+            "alone": alone, **found,
         }))
     return 0
 
