@@ -82,12 +82,12 @@ class Daemon:
         """End it as systemd does; volumes stay."""
         assert self.process is not None
         self.process.terminate()
-        return self.process.wait(60)
+        return self.process.wait(60 * _PATIENCE)
 
     def wait_dead(self) -> None:
         """Wait until it ended by itself (an armed fault)."""
         assert self.process is not None
-        assert self.process.wait(60) == -signal.SIGKILL
+        assert self.process.wait(60 * _PATIENCE) == -signal.SIGKILL
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """One Varlink call."""
