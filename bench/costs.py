@@ -1,0 +1,312 @@
+"""What a request costs by each way, and where: processor time, system calls, switches, and a profile.
+
+    python bench/costs.py [--ways direct,fuse,nbd,vduse] [--depths 1,32] [--seconds 2] [--json FILE]
+
+As root, on an image in memory (a tmpfs, O_DIRECT), with a daemon of its own; 4k random reads by default. Each figure
+has a run of fio of its own:
+
+- processor time, from /proc: of fio, QSD, the daemon, threads of the kernel, and of all that was not idle;
+- system calls and switches (the processor is given away: somebody sleeps), by histograms of the kernel's tracing,
+  where it has them (CONFIG_HIST_TRIGGERS): they cost little, and change nothing of the order of things, as strace does;
+- the profile, by ``perf record`` (cpu-clock), where perf is there: its shares are multiplied by the first figure, that
+  of those four.
+
+In a steady machine of one processor (scripts/vm run --steady --processors 1) 8 ns of time are one instruction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from common import Daemon, machine, run
+
+from storaged.bench.consumption import Meter, parent_of
+
+WAYS = ("direct", "fuse", "nbd", "vduse")
+SIZE = 64 << 20
+TRACING = Path("/sys/kernel/tracing")
+#: Histograms: which event, its trigger.
+CALLS = ("raw_syscalls/sys_enter", "hist:keys=common_pid.execname,id.syscall:size=4096")
+SLEEPS = ("sched/sched_switch", "hist:keys=prev_comm,prev_pid:size=4096 if prev_state > 0 && prev_pid > 0")
+ALL = "all that was not idle"
+_ENTRIES = ("do_syscall_64", "entry_SYSCALL_64_after_hwframe", "entry_SYSCALL_64")
+#: Nanoseconds between two samples.
+PERIOD = 250_000
+
+
+class Who:
+    """Tells by a thread's id and name whose it is."""
+
+    def __init__(self, qsd: int | None, daemon: int | None) -> None:
+        """By the pids of those who serve the disk."""
+        self.qsd, self.daemon = qsd, daemon
+        #: The one of fio that does the I/O: the others start and end, which is no part of a request.
+        self.fio = 0
+        self.threads: dict[int, str] = {}
+        self.look()
+
+    def look(self) -> None:
+        """Remember which threads they have now: QSD's workers come and go."""
+        for name, pid in (("QSD", self.qsd), ("the daemon", self.daemon)):
+            if pid is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    self.threads.update((int(tid), name) for tid in os.listdir(f"/proc/{pid}/task"))
+
+    def of(self, tid: int, comm: str, pid: int = 0) -> str:
+        """Whose it is; empty where it has nothing to do with the disk. Without the process's id by the name alone."""
+        if comm == "fio":
+            return "fio" if tid == self.fio else ""
+        if comm.startswith("iou-"):
+            return "fio"
+        if pid == self.qsd or (not pid and (comm in ("worker", "qemu-storage-da") or comm.startswith("IO "))):
+            return "QSD"
+        if tid in self.threads:
+            return self.threads[tid]
+        return "kernel" if comm.startswith(("kworker", "ksoftirqd", "nbd", "loop", "rcu")) else ""
+
+
+def kernel_seconds() -> float:
+    """Processor time of all threads of the kernel so far."""
+    ticks = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = path.read_bytes().rpartition(b")")[2].split()
+            if int(fields[6]) & 0x00200000:  # PF_KTHREAD
+                ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def fio(device: str, arguments: argparse.Namespace, depth: int) -> dict[str, Any]:
+    """Run the job once; return how many requests there were, and the processor time of fio."""
+    command = [
+        "fio", "--name=x", f"--filename={device}", f"--ioengine={arguments.engine}", "--direct=1",
+        f"--rw={arguments.rw}", "--bs=4k", f"--iodepth={depth}", f"--size={SIZE}", "--time_based",
+        f"--runtime={round(arguments.seconds * 1000)}ms", "--norandommap", "--randrepeat=0", "--disk_util=0",
+        "--output-format=json",
+    ]
+    job = json.loads(run(*command))["jobs"][0]
+    return {
+        "requests": job["read"]["total_ios"] + job["write"]["total_ios"],
+        "iops": job["read"]["iops"] + job["write"]["iops"],
+        "seconds": (job["usr_cpu"] + job["sys_cpu"]) / 100 * job["job_runtime"] / 1000,
+    }
+
+
+def processor_time(device: str, who: Who, arguments: argparse.Namespace, depth: int) -> dict[str, Any]:
+    """Microseconds for each request, by whose they are."""
+    processes = {name: pid for name, pid in (("QSD", who.qsd), ("the daemon", who.daemon)) if pid is not None}
+    kernel, meter = kernel_seconds(), Meter(processes)
+    done = fio(device, arguments, depth)
+    used = {"fio": done["seconds"], **meter.used(), "the kernel's threads": kernel_seconds() - kernel}
+    used[ALL] = used.pop("host")
+    return {"iops": done["iops"], "us": {name: 1e6 * value / done["requests"] for name, value in used.items()}}
+
+
+def busiest(threads: Counter[int]) -> int:
+    """The thread that did most."""
+    return threads.most_common(1)[0][0] if threads else 0
+
+
+# System calls and switches ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def traced() -> Iterator[None]:
+    """The kernel's tracing at hand, if it has any."""
+    mounted = not (TRACING / "events").exists() and not subprocess.run(
+        ["mount", "-t", "tracefs", "tracefs", TRACING], check=False, stderr=subprocess.DEVNULL
+    ).returncode
+    try:
+        yield
+    finally:
+        if mounted:
+            subprocess.run(["umount", TRACING], check=False)
+
+
+@contextlib.contextmanager
+def histogram(event: str, trigger: str) -> Iterator[Path]:
+    """Count an event meanwhile; the file has the counts."""
+    place = TRACING / "events" / event
+    (place / "trigger").write_text(trigger)
+    try:
+        yield place / "hist"
+    finally:
+        (place / "trigger").write_text(f"!{trigger}")
+
+
+def counts(device: str, who: Who, arguments: argparse.Namespace, depth: int) -> dict[str, Any]:
+    """System calls and switches for each request."""
+    with histogram(*CALLS) as calls, histogram(*SLEEPS) as sleeps:
+        requests = fio(device, arguments, depth)["requests"]
+        who.look()
+        told, switched = calls.read_text(), sleeps.read_text()
+    found: dict[str, Counter[str]] = {"calls": Counter(), "sleeps": Counter()}
+    called = re.findall(
+        r"common_pid: (.+?)\s*\[\s*(\d+)\], id: sys_(\w+)\s*\[\s*\d+\] } hitcount:\s+(\d+)", told
+    )
+    who.fio = busiest(Counter({int(tid): int(hits) for comm, tid, _, hits in called if comm == "fio"}))
+    for comm, tid, call, hits in called:
+        if owner := who.of(int(tid), comm):
+            found["calls"][f"{owner}: {call}"] += int(hits)
+    for comm, tid, hits in re.findall(r"prev_comm: (.+?)\s*, prev_pid:\s+(\d+) } hitcount:\s+(\d+)", switched):
+        if owner := who.of(int(tid), comm):
+            found["sleeps"][owner] += int(hits)
+    return {
+        kind: {name: hits / requests for name, hits in counter.most_common() if hits >= requests / 200}
+        for kind, counter in found.items()
+    }
+
+
+# The profile ------------------------------------------------------------------------------------------------------
+
+
+def profile(device: str, who: Who, arguments: argparse.Namespace, depth: int, place: str) -> dict[str, Any]:
+    """Shares of the samples, by whose they are and what the kernel does for them; and of the functions."""
+    data = f"{place}/perf.data"
+    with open(f"{place}/perf.log", "wb") as log:
+        recorder = subprocess.Popen(
+            ["perf", "record", "-a", "-g", "--kernel-callchains", "-e", "cpu-clock", "-c", str(PERIOD), "-o", data],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+        )
+        try:
+            fio(device, arguments, depth)
+        finally:
+            recorder.send_signal(2)
+            recorder.wait()
+    who.look()
+    text = run("perf", "script", "-i", data, "-F", "comm,pid,tid,ip,sym,dso", "--no-inline")
+    os.unlink(data)
+    samples = []
+    for block in text.split("\n\n"):
+        head, *frames = block.strip().splitlines() or [""]
+        matched = re.match(r"\s*(.+?)\s+(\d+)/(\d+)", head)
+        symbols = [frame.split(None, 1)[1] for frame in frames if len(frame.split(None, 1)) == 2]
+        if matched and symbols:
+            samples.append((int(matched[3]), matched[1], int(matched[2]), symbols))
+    who.fio = busiest(Counter(tid for tid, comm, _, _ in samples if comm == "fio"))
+    places: Counter[str] = Counter()
+    functions: Counter[str] = Counter()
+    for tid, comm, pid, symbols in samples:
+        owner = who.of(tid, comm, pid)
+        if not owner:
+            continue
+        places[f"{owner}: {where(symbols)}"] += 1
+        functions[f"{owner}: {function(symbols[0])}"] += 1
+    total = sum(places.values())
+    return {
+        "samples": total,
+        "places": {name: hits / total for name, hits in places.most_common(24)},
+        "functions": {name: hits / total for name, hits in functions.most_common(30)},
+    }
+
+
+def function(frame: str) -> str:
+    """``symbol (file)`` as a name; of a program without symbols its file."""
+    symbol, _, file = frame.rpartition(" (")
+    kernel = file.startswith("[")
+    return symbol if kernel else f"{Path(file.rstrip(')')).name} {symbol}".replace(" [unknown]", "")
+
+
+def where(frames: list[str]) -> str:
+    """What is being done: by the program itself, or by the kernel in a system call, an interrupt, a fault, a work."""
+    if not frames[0].rpartition(" (")[2].startswith("["):
+        return "itself"
+    names = [frame.rpartition(" (")[0] for frame in frames]
+    for at, name in enumerate(names):
+        if name.startswith(("asm_sysvec_", "asm_common_interrupt")):
+            return "interrupts"
+        if name.startswith("asm_exc_page_fault"):
+            return "page faults"
+        if name == "process_one_work" and at:
+            return names[at - 1]
+        if name == "do_syscall_64" and at:
+            call = names[at - 1] if names[at - 1] != "x64_sys_call" or at == 1 else names[at - 2]
+            return re.sub(r"^(__x64_sys_|__do_sys_|__se_sys_|ksys_)", "", call)
+    return "entry and exit of system calls" if any(name in _ENTRIES for name in names) else "its thread"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def of_way(way: str, daemon: Daemon, image: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """All figures of a way, by the depth of the queue."""
+    qsd, served_by, device = None, None, image
+    if way != "direct":
+        volume = daemon.call("Attach", {
+            "name": f"costs-{way}", "source": image, "format": "raw", "transport": way, "options": {"cache": "none"},
+        })["volume"]
+        qsd, device = int(volume["qsd_pid"]), str(volume["device"])
+        served_by = parent_of(qsd)
+    try:
+        who, found = Who(qsd, served_by), {}
+        fio(device, arguments, 16)
+        for depth in arguments.depths:
+            one = processor_time(device, who, arguments, depth)
+            if (TRACING / "events" / CALLS[0] / "hist").exists():
+                one |= counts(device, who, arguments, depth)
+            if shutil.which("perf"):
+                one["profile"] = profile(device, who, arguments, depth, os.path.dirname(image))
+            found[str(depth)] = one
+            print_figures(way, depth, one)
+        return found
+    finally:
+        if way != "direct":
+            daemon.call("Detach", {"name": f"costs-{way}"})
+
+
+def print_figures(way: str, depth: int, one: dict[str, Any]) -> None:
+    """For people."""
+    print(f"\n## {way}, queue depth {depth}: {one['iops']:.0f} IOPS")
+    print("processor, µs a request: " + ", ".join(f"{name} {value:.1f}" for name, value in one["us"].items()))
+    for title, kind in (("system calls", "calls"), ("sleeps", "sleeps")):
+        if kind in one:
+            print(f"{title} a request: " + ", ".join(f"{name} {value:.2f}" for name, value in one[kind].items()))
+    if "profile" in one:
+        total = sum(value for name, value in one["us"].items() if name != ALL)
+        for title in ("places", "functions"):
+            print(f"{title}, µs a request, of {one['profile']['samples']} samples:")
+            for name, share in one["profile"][title].items():
+                print(f"  {share * total:8.2f}  {100 * share:4.1f}%  {name}")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    """Do what the command line says."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--ways", type=lambda text: text.split(","), default=list(WAYS))
+    parser.add_argument("--depths", type=lambda text: [int(part) for part in text.split(",")], default=[1, 32])
+    parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--rw", default="randread", choices=("randread", "randwrite"))
+    parser.add_argument("--engine", default="io_uring")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    facts = machine()
+    print(", ".join(f"{key} {value}" for key, value in facts.items()))
+    found: dict[str, Any] = {"machine": facts, "ways": {}}
+    daemon = Daemon()
+    try:
+        with traced(), tempfile.TemporaryDirectory(prefix="storaged-costs-", dir="/dev/shm") as place:
+            image = f"{place}/disk.img"
+            Path(image).write_bytes(os.urandom(SIZE))
+            for way in arguments.ways:
+                found["ways"][way] = of_way(way, daemon, image, arguments)
+    finally:
+        daemon.close()
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
