@@ -1,6 +1,6 @@
 """What a request costs by each way, and where: processor time, system calls, switches, and a profile.
 
-    python bench/costs.py [--ways direct,fuse,nbd,vduse] [--depths 1,32] [--seconds 2] [--json FILE]
+    python bench/costs.py [--ways direct,fuse,nbd,vduse,vduse:io_uring] [--depths 1,32] [--seconds 2] [--json FILE]
 
 As root, on an image in memory (a tmpfs, O_DIRECT), with a daemon of its own; 4k random reads by default. Each figure
 has a run of fio of its own:
@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,16 @@ from common import Daemon, machine, run
 
 from storaged.bench.consumption import Meter, parent_of
 
-WAYS = ("direct", "fuse", "nbd", "vduse")
+#: Behind a colon how QSD reads the image; threads if nothing is said.
+WAYS = ("direct", "fuse", "nbd", "vduse", "vduse:io_uring")
 SIZE = 64 << 20
 TRACING = Path("/sys/kernel/tracing")
 #: Histograms: which event, its trigger.
 CALLS = ("raw_syscalls/sys_enter", "hist:keys=common_pid.execname,id.syscall:size=4096")
 SLEEPS = ("sched/sched_switch", "hist:keys=prev_comm,prev_pid:size=4096 if prev_state > 0 && prev_pid > 0")
 ALL = "all that was not idle"
+#: By what fio's thread that does the I/O is known.
+SUBMISSIONS = ("io_uring_enter", "io_submit")
 _ENTRIES = ("do_syscall_64", "entry_SYSCALL_64_after_hwframe", "entry_SYSCALL_64")
 #: Nanoseconds between two samples.
 PERIOD = 250_000
@@ -88,15 +91,17 @@ def kernel_seconds() -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def fio(device: str, arguments: argparse.Namespace, depth: int) -> dict[str, Any]:
-    """Run the job once; return how many requests there were, and the processor time of fio."""
+def fio(device: str, arguments: argparse.Namespace, depth: int, below: Sequence[str] = ()) -> dict[str, Any]:
+    """Run the job once, ``below`` another program; return how many requests there were, and the time of fio."""
     command = [
+        *below,
         "fio", "--name=x", f"--filename={device}", f"--ioengine={arguments.engine}", "--direct=1",
         f"--rw={arguments.rw}", "--bs=4k", f"--iodepth={depth}", f"--size={SIZE}", "--time_based",
         f"--runtime={round(arguments.seconds * 1000)}ms", "--norandommap", "--randrepeat=0", "--disk_util=0",
         "--output-format=json",
     ]
-    job = json.loads(run(*command))["jobs"][0]
+    said = run(*command)
+    job = json.loads(said[said.index("{"):])["jobs"][0]
     return {
         "requests": job["read"]["total_ios"] + job["write"]["total_ios"],
         "iops": job["read"]["iops"] + job["write"]["iops"],
@@ -156,7 +161,9 @@ def counts(device: str, who: Who, arguments: argparse.Namespace, depth: int) -> 
     called = re.findall(
         r"common_pid: (.+?)\s*\[\s*(\d+)\], id: sys_(\w+)\s*\[\s*\d+\] } hitcount:\s+(\d+)", told
     )
-    who.fio = busiest(Counter({int(tid): int(hits) for comm, tid, _, hits in called if comm == "fio"}))
+    who.fio = busiest(Counter({
+        int(tid): int(hits) for comm, tid, call, hits in called if comm == "fio" and call in SUBMISSIONS
+    }))
     for comm, tid, call, hits in called:
         if owner := who.of(int(tid), comm):
             found["calls"][f"{owner}: {call}"] += int(hits)
@@ -175,16 +182,8 @@ def counts(device: str, who: Who, arguments: argparse.Namespace, depth: int) -> 
 def profile(device: str, who: Who, arguments: argparse.Namespace, depth: int, place: str) -> dict[str, Any]:
     """Shares of the samples, by whose they are and what the kernel does for them; and of the functions."""
     data = f"{place}/perf.data"
-    with open(f"{place}/perf.log", "wb") as log:
-        recorder = subprocess.Popen(
-            ["perf", "record", "-a", "-g", "--kernel-callchains", "-e", "cpu-clock", "-c", str(PERIOD), "-o", data],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-        )
-        try:
-            fio(device, arguments, depth)
-        finally:
-            recorder.send_signal(2)
-            recorder.wait()
+    recorder = ["perf", "record", "-q", "-a", "-g", "--kernel-callchains", "-e", "cpu-clock", "-c", str(PERIOD)]
+    fio(device, arguments, depth, [*recorder, "-o", data, "--"])
     who.look()
     text = run("perf", "script", "-i", data, "-F", "comm,pid,tid,ip,sym,dso", "--no-inline")
     os.unlink(data)
@@ -193,9 +192,11 @@ def profile(device: str, who: Who, arguments: argparse.Namespace, depth: int, pl
         head, *frames = block.strip().splitlines() or [""]
         matched = re.match(r"\s*(.+?)\s+(\d+)/(\d+)", head)
         symbols = [frame.split(None, 1)[1] for frame in frames if len(frame.split(None, 1)) == 2]
-        if matched and symbols:
+        if matched:
             samples.append((int(matched[3]), matched[1], int(matched[2]), symbols))
-    who.fio = busiest(Counter(tid for tid, comm, _, _ in samples if comm == "fio"))
+    who.fio = busiest(Counter(
+        tid for tid, comm, _, symbols in samples if comm == "fio" and where(symbols) in SUBMISSIONS
+    ))
     places: Counter[str] = Counter()
     functions: Counter[str] = Counter()
     for tid, comm, pid, symbols in samples:
@@ -203,7 +204,7 @@ def profile(device: str, who: Who, arguments: argparse.Namespace, depth: int, pl
         if not owner:
             continue
         places[f"{owner}: {where(symbols)}"] += 1
-        functions[f"{owner}: {function(symbols[0])}"] += 1
+        functions[f"{owner}: {symbols[0].rpartition(' (')[0] if symbols else 'itself'}"] += 1
     total = sum(places.values())
     return {
         "samples": total,
@@ -212,16 +213,9 @@ def profile(device: str, who: Who, arguments: argparse.Namespace, depth: int, pl
     }
 
 
-def function(frame: str) -> str:
-    """``symbol (file)`` as a name; of a program without symbols its file."""
-    symbol, _, file = frame.rpartition(" (")
-    kernel = file.startswith("[")
-    return symbol if kernel else f"{Path(file.rstrip(')')).name} {symbol}".replace(" [unknown]", "")
-
-
 def where(frames: list[str]) -> str:
     """What is being done: by the program itself, or by the kernel in a system call, an interrupt, a fault, a work."""
-    if not frames[0].rpartition(" (")[2].startswith("["):
+    if not frames:
         return "itself"
     names = [frame.rpartition(" (")[0] for frame in frames]
     for at, name in enumerate(names):
@@ -243,9 +237,11 @@ def where(frames: list[str]) -> str:
 def of_way(way: str, daemon: Daemon, image: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """All figures of a way, by the depth of the queue."""
     qsd, served_by, device = None, None, image
+    transport, _, aio = way.partition(":")
     if way != "direct":
         volume = daemon.call("Attach", {
-            "name": f"costs-{way}", "source": image, "format": "raw", "transport": way, "options": {"cache": "none"},
+            "name": f"costs-{transport}", "source": image, "format": "raw", "transport": transport,
+            "options": {"cache": "none", **({"aio": aio} if aio else {})},
         })["volume"]
         qsd, device = int(volume["qsd_pid"]), str(volume["device"])
         served_by = parent_of(qsd)
@@ -263,7 +259,7 @@ def of_way(way: str, daemon: Daemon, image: str, arguments: argparse.Namespace) 
         return found
     finally:
         if way != "direct":
-            daemon.call("Detach", {"name": f"costs-{way}"})
+            daemon.call("Detach", {"name": f"costs-{transport}"})
 
 
 def print_figures(way: str, depth: int, one: dict[str, Any]) -> None:
