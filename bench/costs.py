@@ -1,6 +1,7 @@
 """What a request costs by each way, and where: processor time, system calls, switches, and a profile.
 
     python bench/costs.py [--ways direct,fuse,nbd,vduse,vduse:io_uring] [--depths 1,32] [--seconds 2] [--json FILE]
+    python bench/costs.py --table FILE [FILE …]         what was written so, as Markdown
 
 As root, on an image in memory (a tmpfs, O_DIRECT), with a daemon of its own; 4k random reads by default. Each figure
 has a run of fio of its own:
@@ -71,8 +72,9 @@ class Who:
         """Whose it is; empty where it has nothing to do with the disk. Without the process's id by the name alone."""
         if comm == "fio":
             return "fio" if tid == self.fio else ""
-        if comm.startswith("iou-"):
-            return "fio"
+        # Workers of the kernel for io_uring; their names have the thread whose they are.
+        if matched := re.fullmatch(r"iou-[a-z]+-(\d+)", comm):
+            return self.threads.get(int(matched[1]), "fio")
         if pid == self.qsd or (not pid and (comm in ("worker", "qemu-storage-da") or comm.startswith("IO "))):
             return "QSD"
         if tid in self.threads:
@@ -278,6 +280,44 @@ def print_figures(way: str, depth: int, one: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
+# What calls of QSD are for, as the profile names them: the image itself, and the way.
+_OF_IMAGE = ("futex", "pread64", "io_uring_enter")
+_OF_WAY = (
+    "ioctl", "read", "write", "ppoll", "__sys_sendmsg", "__sys_recvmsg", "setsockopt", "do_writev", "writev", "brk",
+)
+#: Nanoseconds of an instruction in a steady machine.
+_INSTRUCTION = 8
+
+
+def table(found: dict[str, Any], depth: str) -> str:
+    """Thousands of instructions, calls and sleeps for each request, a column for each way."""
+    rows: dict[str, list[str]] = {}
+    for figures in found.values():
+        one = figures[depth]
+        thousands = sum(value for name, value in one["us"].items() if name != ALL) / _INSTRUCTION
+        places, functions = one["profile"]["places"], one["profile"]["functions"]
+
+        def part(begin: str, names: Sequence[str] | None = None, of: dict[str, float] = places) -> float:
+            return sum(value for name, value in of.items()
+                       if name.startswith(begin) and (names is None or name.removeprefix(begin) in names))
+
+        own, image, way = (part("QSD: ", names) for names in (("itself",), _OF_IMAGE, _OF_WAY))
+        switching = sum(value for name, value in functions.items() if "finish_task_switch" in name)
+        for title, share in {
+            "**all**": 1.0, "fio, and the kernel for it": part("fio"), "QSD itself": own,
+            "QSD's calls to read the image (and to hand that to a thread)": image,
+            "QSD's calls that the way needs": way, "QSD's entries to and exits from calls": part("QSD: ") - own - image
+            - way, "threads of the kernel": part("kernel"), "of all this: switching between threads": switching,
+        }.items():
+            rows.setdefault(title, []).append(f"{share * thousands:.1f}")
+        calls = {name.removeprefix("QSD: "): hits for name, hits in one["calls"].items() if name.startswith("QSD: ")}
+        rows.setdefault("QSD's system calls", []).append(f"{sum(calls.values()):.1f}")
+        rows.setdefault("which", []).append(", ".join(f"{name} {hits:.2g}" for name, hits in calls.items()))
+        rows.setdefault("sleeps (of fio, QSD, the kernel's)", []).append(f"{sum(one['sleeps'].values()):.1f}")
+    lines = [f"| queue depth {depth} | {' | '.join(found)} |", f"|---|{'---|' * len(found)}"]
+    return "\n".join([*lines, *(f"| {title} | {' | '.join(cells)} |" for title, cells in rows.items())])
+
+
 def main() -> None:
     """Do what the command line says."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -287,7 +327,14 @@ def main() -> None:
     parser.add_argument("--rw", default="randread", choices=("randread", "randwrite"))
     parser.add_argument("--engine", default="io_uring")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--table", type=Path, nargs="+", metavar="FILE")
     arguments = parser.parse_args()
+    if arguments.table:
+        # Of a way that several have, the last.
+        ways = {name: one for path in arguments.table for name, one in json.loads(path.read_text())["ways"].items()}
+        for depth in next(iter(ways.values())):
+            print(f"{table(ways, depth)}\n")
+        return
     facts = machine()
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
     found: dict[str, Any] = {"machine": facts, "ways": {}}
