@@ -34,6 +34,7 @@ TITLES = {
     "emulated": "the test machine, steady (QEMU's emulator: 8 ns for each instruction)",
     "uml": "User Mode Linux",
 }
+WAYS = ("direct", "vduse", "nbd", "fuse")
 #: Of what the machine is, as storaged.bench.facts tells it: what says nothing of where it is.
 _FACTS = ("kernel", "architecture", "processors", "memory", "qemu-storage-daemon", "fio", "storaged", "python")
 #: Of a volume, as the daemon tells it.
@@ -91,19 +92,16 @@ def table() -> str:
         found = report.decoded(path.read_bytes(), str(path))
         against = report.reference(found)
         facts = ", ".join(f"{key} {value}" for key, value in found.machine.items() if key not in ("storaged", "python"))
-        parts.append(
-            f"**{title[0].upper()}{title[1:]}**: {facts}; {found.repeat} rounds of {found.runtime:g} s.\n\n"
-            f"| job | way | figure | ± | of {against} | median | 99 % | µs of a processor: fio+QSD+daemon |\n"
-            "|---|---|---|---|---|---|---|---|"
-        )
-        for line in report.lines(found):
-            cells = [
-                line.job.name, line.way, shown.figure(line), shown.spread(line.figure),
-                "1" if line.way == against else shown.ratio(line.ratio),
-                shown.latency(line.latency.get("50")), shown.latency(line.latency.get("99")),
-                shown.consumption(line.cpu),
-            ]
-            parts.append(f"| {' | '.join(cells)} |")
+        parts.append(f"**{title[0].upper()}{title[1:]}**: {facts}; {found.repeat} rounds of {found.runtime:g} s.\n")
+        parts.append(f"| job | {' | '.join(WAYS)} |\n|---|{'---|' * len(WAYS)}")
+        lines = {(line.job.name, line.way): line for line in report.lines(found)}
+        for job in found.jobs:
+            cells = []
+            for way in WAYS:
+                line = lines.get((job.name, way))
+                told = "" if line is None or way == against else f": {shown.ratio(line.ratio)}"
+                cells.append("" if line is None else f"{shown.figure(line)}{told}")
+            parts.append(f"| {job.name} | {' | '.join(cells)} |")
         parts.append("")
     return "\n".join(parts)
 
