@@ -92,7 +92,9 @@ def table() -> str:
         found = report.decoded(path.read_bytes(), str(path))
         against = report.reference(found)
         facts = ", ".join(f"{key} {value}" for key, value in found.machine.items() if key not in ("storaged", "python"))
-        parts.append(f"**{title[0].upper()}{title[1:]}**: {facts}; {found.repeat} rounds of {found.runtime:g} s.\n")
+        rounds = 1 + max(run.round for run in found.runs)
+        told = f"{rounds} rounds, the last not whole," if found.partial else f"{rounds} rounds"
+        parts.append(f"**{title[0].upper()}{title[1:]}**: {facts}; {told} of {found.runtime:g} s.\n")
         parts.append(f"| job | {' | '.join(WAYS)} |\n|---|{'---|' * len(WAYS)}")
         lines = {(line.job.name, line.way): line for line in report.lines(found)}
         for job in found.jobs:
