@@ -15,6 +15,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 from common import STORAGED, Daemon
@@ -94,7 +95,8 @@ def table() -> str:
         facts = ", ".join(f"{key} {value}" for key, value in found.machine.items() if key not in ("storaged", "python"))
         rounds = 1 + max(run.round for run in found.runs)
         told = f"{rounds} rounds, the last not whole," if found.partial else f"{rounds} rounds"
-        parts.append(f"**{title[0].upper()}{title[1:]}**: {facts}; {told} of {found.runtime:g} s.\n")
+        text = f"**{title[0].upper()}{title[1:]}**: {facts}; {told} of {found.runtime:g} s."
+        parts.append(f"{textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)}\n")
         parts.append(f"| job | {' | '.join(WAYS)} |\n|---|{'---|' * len(WAYS)}")
         lines = {(line.job.name, line.way): line for line in report.lines(found)}
         for job in found.jobs:
