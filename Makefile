@@ -97,8 +97,8 @@ BENCH := python bench/sidebyside.py measure --runtime 1 --repeat 4
 bench: setup ## all ways side by side, in all machines; writes bench/results (root, 20 minutes)
 	@mkdir -p .cache/bench
 	$(VENV)/$(BENCH) >.cache/bench/native.json
-	@scripts/vm run --steady '$(BENCH)' >.cache/bench/emulated.json
-	@scripts/uml '$(BENCH)' >.cache/bench/uml.json
+	@scripts/vm --deadline 0 run --steady '$(BENCH)' >.cache/bench/emulated.json
+	@scripts/uml --deadline 0 '$(BENCH)' >.cache/bench/uml.json
 	@for name in native emulated uml; do \
 		$(VENV)/python bench/sidebyside.py publish $$name .cache/bench/$$name.json || exit; done
 	@$(VENV)/python bench/sidebyside.py table
@@ -106,7 +106,7 @@ bench: setup ## all ways side by side, in all machines; writes bench/results (ro
 # One processor, so that time is instructions. The machine "profile" is trixie with perf.
 bench-costs: setup ## what a request costs by each way, and where: profile, system calls (root, 15 minutes)
 	@mkdir -p .cache/bench
-	@scripts/vm --machine profile run --steady --processors 1 'python bench/costs.py --json /run/json >&2 && \
+	@scripts/vm --machine profile --deadline 0 run --steady --processors 1 'python bench/costs.py --json /run/json >&2 && \
 		cat /run/json' >.cache/bench/costs.json
 
 bench-attach: setup ## how long attach and detach take (root)
