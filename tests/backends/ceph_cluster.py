@@ -148,12 +148,12 @@ class CephCluster:
     def signal_osd(self, number: signal.Signals) -> None:
         """Send the OSD a signal."""
         assert self._osd is not None
-        self._osd.send_signal(number)
+        _signal(self._osd, number)
 
     def signal_monitor(self, number: signal.Signals) -> None:
         """Send the monitor a signal."""
         assert self._monitor is not None
-        self._monitor.send_signal(number)
+        _signal(self._monitor, number)
 
     def stop(self) -> None:
         """End it; its directory stays."""
@@ -161,3 +161,10 @@ class CephCluster:
             if process is not None:
                 process.kill()
                 process.wait(20)
+
+
+def _signal(server: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    server.send_signal(number)
+    if number == signal.SIGSTOP:
+        # Its threads go on until one of them was given a processor and has taken the signal.
+        os.waitid(os.P_PID, server.pid, os.WSTOPPED | os.WNOWAIT)

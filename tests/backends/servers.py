@@ -110,7 +110,7 @@ class Load:
         """Whether it is still at it."""
         return self._process.poll() is None
 
-    def succeeded(self, timeout: float = 40) -> None:
+    def succeeded(self, timeout: float = 80) -> None:
         """Wait for its end: no request failed, all data is right."""
         assert self._process.wait(timeout) == 0, (self._place / "fio.log").read_text()
 
