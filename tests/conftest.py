@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,11 @@ from tests.harness import Daemon, eventually, leftovers, processes_of
 
 # They need a machine of their own, and run in it: make test-vm.
 collect_ignore = [] if os.environ.get("STORAGED_VM") else ["vm"]
+
+
+def pytest_configure() -> None:
+    """A shell starts what runs in the background with SIGINT ignored, which all programs of the tests would inherit."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
