@@ -52,6 +52,8 @@ class VolumeSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     snapshot_dir: str | None = None
     options: dict[str, str] = {}
     persist: bool = False
+    profile: str | None = None
+    """Where some of the options came from: they are among ``options``, so that nothing is looked up again."""
 
     @property
     def writes_source(self) -> bool:

@@ -7,11 +7,13 @@ import time
 
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import disk, links, nbd
+from storaged.host import queue as host_queue
 from storaged.model import blockdev
 from storaged.model.plan import Device, Observed, Qsd, Step
 from storaged.model.qemu_args import QemuArguments, qemu_arguments
 from storaged.supervisor import adoption, fetching, growing, leaving, opening, serving
 from storaged.supervisor.holding import Holding
+from storaged.transports import queue
 from storaged.transports.base import Seen
 
 
@@ -228,6 +230,11 @@ class Attachment(Holding):
                 )
                 if connected.served:
                     await self.note_connection()
+                if connected.device is not None and (wanted := queue.attributes(self.known().spec)):
+                    # Known by then: what does not come of it is taken away like any other device.
+                    await self.note(queue=await self.blocking(
+                        "set up the device's queue", timeout, host_queue.set_up, connected.device, wanted
+                    ))
             case Step.RECONNECT:
                 await self.transport.reconnect(self.site, self.known(), timeout)
                 await self.note_connection()

@@ -27,6 +27,7 @@ from storaged.model.spec import Desired, VolumeSpec, caches_writes, check_spec, 
 from storaged.observe.journald import about
 from storaged.store.base import Damaged
 from storaged.store.files import Found
+from storaged.store.profiles import with_profile
 from storaged.supervisor import fetching, overlay
 from storaged.supervisor.environment import Environment
 from storaged.supervisor.records import load_record
@@ -155,6 +156,8 @@ class Manager:
         Raises VOLUME_EXISTS, with nothing changed, where the wishes differ.
         """
         spec, secrets = secrets_apart(spec, secrets)
+        if spec.profile is not None:
+            spec = await self._blocking("read the profile", 10, self._with_profile, spec)
         spec = self._checked(spec)
         check_secrets(spec, secrets)
         patience = timeout or self.environment.config.attach_timeout
@@ -283,6 +286,9 @@ class Manager:
         except StoragedError as error:
             raise error.at(volume=name) from error
 
+    def _with_profile(self, spec: VolumeSpec) -> VolumeSpec:
+        return with_profile(spec, self.environment.layout.profiles)
+
     def _checked(self, spec: VolumeSpec) -> VolumeSpec:
         """Refuse what can be refused without touching anything; return the wish as it is stored."""
         check_name(spec.name)
@@ -296,8 +302,9 @@ class Manager:
                 overlay.limit_of(spec)
             check_transport(spec)
         except StoragedError as error:
-            error.at(volume=spec.name)
-            raise
+            if spec.profile is not None:
+                error.message += f" (with the profile {spec.profile!r})"
+            raise error.at(volume=spec.name) from None
         helps = caches_writes(spec.source, direct=False) and not caches_writes(spec.source, direct=True)
         if helps and "cache" not in spec.options:
             # A device that goes on when QSD dies is worth more than a cache in it.
@@ -418,7 +425,7 @@ class Manager:
                         ErrorCode.INVALID_ARGUMENT, "the source holds a secret",
                         hint="leave it out; the option for it names a file, or credential:NAME",
                     )
-                volumes[name] = self._checked(spec)
+                volumes[name] = self._checked(self._with_profile(spec))
                 check_secrets(msgspec.structs.replace(volumes[name], persist=True), NO_SECRETS)
             except StoragedError as error:
                 volumes.pop(name, None)

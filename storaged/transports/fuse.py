@@ -14,7 +14,7 @@ import threading
 from typing import Any
 
 from storaged.errors import ErrorCode, StoragedError
-from storaged.host import disk, fusectl, loop, mounts
+from storaged.host import disk, fusectl, loop, mounts, queue
 from storaged.model.blockdev import DISK, EXPORT
 from storaged.model.plan import Device
 from storaged.model.powers import Powers
@@ -132,7 +132,7 @@ class FuseTransport(HostDevice):
         try:
             await site.blocking(
                 "take the loop device away", timeout, loop.release, device, read_only=record.spec.read_only,
-                given_up=given_up,
+                given_up=given_up, leave=lambda: queue.give_back(device.path, record.queue),
             )
         except BaseException:
             given_up.set()
@@ -163,6 +163,9 @@ class FuseTransport(HostDevice):
             devices = loop.find_by_backing(mountpoint)
             if known is not None and known not in devices:
                 devices.append(known)
+            if known is not None and record is not None and loop.is_bound(known):
+                # Without a server its requests end at once.
+                queue.give_back(known.path, record.queue)
             # The devices first: once the mount is gone, the kernel no longer shows what they stand on.
             notes = [note for device in devices for note in _stays(device, loop.release_by_force(device))]
             mounts.unmount(mountpoint)

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from storaged.errors import ErrorCode, StoragedError
-from storaged.host import disk, nbd, netlink, worker
+from storaged.host import disk, nbd, netlink, queue, worker
 from storaged.host.nbdhandshake import libnbd_problem, negotiate
 from storaged.host.unixsock import connect_unix
 from storaged.host.users import device_users
@@ -25,9 +25,10 @@ from storaged.model.plan import Device
 from storaged.model.record import Record
 from storaged.model.spec import VolumeSpec
 from storaged.qsd.version import Build
-from storaged.transports.base import IOTHREAD, IOTHREAD_OBJECT, Availability, Connected, HostDevice, Seen, Site
+from storaged.transports.base import IOTHREAD, Availability, Connected, HostDevice, Seen, Site, iothread
 from storaged.transports.needs import check_family, lacking, load_modules
-from storaged.transports.options import Number, number
+from storaged.transports.options import POLLING_OPTION, Number, number, polling
+from storaged.transports.queue import QUEUE_OPTIONS
 
 _CONNECTIONS = Number("connections; more than one is faster, and not safe when QSD hangs", 1, 16)
 _TIMEOUT = Number("seconds until a request fails; 0: never", 0, 86400)
@@ -58,6 +59,7 @@ class NbdTransport(HostDevice):
         "connections": f"{_CONNECTIONS.about}; default 1",
         "timeout": f"{_TIMEOUT.about}; default 0",
         "dead-timeout": f"{_DEAD_TIMEOUT.about} before they fail; default 3600",
+        **POLLING_OPTION, **QUEUE_OPTIONS,
     }
 
     def probe(self, build: Build | None) -> Availability:
@@ -84,6 +86,7 @@ class NbdTransport(HostDevice):
             "connections": number(spec, "connections", _CONNECTIONS, 1),
             "timeout": number(spec, "timeout", _TIMEOUT, 0),
             "dead-timeout": number(spec, "dead-timeout", _DEAD_TIMEOUT, 3600),
+            **polling(spec),
             # QSD 7.2 with an iothread here aborts when the client disconnects.
             "iothread": int(build.version.major >= 10),
         }
@@ -106,7 +109,7 @@ class NbdTransport(HostDevice):
 
     def objects(self, record: Record) -> list[dict[str, Any]]:
         """A thread for the I/O, where that is safe."""
-        return [IOTHREAD_OBJECT] if record.settings["iothread"] else []
+        return [iothread(record)] if record.settings["iothread"] else []
 
     def setup(self, site: Site, record: Record) -> list[tuple[str, dict[str, Any]]]:
         """The server, in the volume's directory (QSD's working directory: its path may be too long)."""
@@ -191,10 +194,15 @@ class NbdTransport(HostDevice):
         path, given_up = record.device, threading.Event()
         if path is None:
             return
+
+        def remove() -> None:
+            queue.give_back(path, record.queue)
+            nbd.disconnect(path, site.bus_name)
+
         try:
             await site.blocking(
                 "take the NBD device away", timeout, disk.remove_unused, path,
-                lambda: nbd.backend(path) == site.bus_name, lambda: nbd.disconnect(path, site.bus_name),
+                lambda: nbd.backend(path) == site.bus_name, remove,
                 read_only=record.spec.read_only, given_up=given_up,
             )
         except BaseException:
@@ -256,7 +264,8 @@ def _timeouts(record: Record) -> nbd.Timeouts:
 
 def _tune(path: str, record: Record) -> None:
     # Newer kernels begin with 1280. Writing freezes the queue, which takes longer than to connect.
-    if int(disk.attribute(path, "queue/max_sectors_kb") or _MAX_SECTORS_KB) < _MAX_SECTORS_KB:
+    said = "max-sectors-kb" in record.spec.options
+    if not said and int(disk.attribute(path, "queue/max_sectors_kb") or _MAX_SECTORS_KB) < _MAX_SECTORS_KB:
         with contextlib.suppress(OSError, StoragedError):  # only slower without it
             largest = int(disk.attribute(path, "queue/max_hw_sectors_kb") or _MAX_SECTORS_KB)
             # It waits for the requests in flight, for ever if the server dies meanwhile.

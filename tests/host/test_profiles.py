@@ -1,0 +1,90 @@
+"""Volumes with a profile, and devices whose queues were set up, on this kernel."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+from storaged.errors import ErrorCode
+from storaged.host import disk
+from tests.harness import Daemon, eventually, image, refuses
+
+FAST = 'transport = "fuse"\n[options]\ncache = "none"\nread-ahead-kb = 2048\nmax-sectors-kb = 64\nnr-requests = 64\n'
+
+
+def profile(daemon: Daemon, text: str, name: str = "fast") -> None:
+    """Write a profile."""
+    directory = Path(daemon.layout.profiles)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / f"{name}.toml").write_text(text)
+
+
+def queue(device: str) -> dict[str, str | None]:
+    """What a device's queue has."""
+    names = ("read_ahead_kb", "max_sectors_kb", "nr_requests")
+    return {name: disk.attribute(device, f"queue/{name}") for name in names}
+
+
+def test_a_volume_is_attached_with_a_profile_and_keeps_what_it_said(daemon: Daemon, place: Path) -> None:
+    source = image(place / "a.raw", "raw")
+    profile(daemon, FAST)
+    done = daemon.cli("attach", "a", str(source), "--profile", "fast", "-o", "read-ahead-kb=256")
+    device = done.stdout.strip()
+    assert queue(device) == {"read_ahead_kb": "256", "max_sectors_kb": "64", "nr_requests": "64"}
+    shown = daemon.show("a")
+    assert shown["profile"] == "fast"
+    assert shown["options"] == {"cache": "none", "read-ahead-kb": "256", "max-sectors-kb": "64", "nr-requests": "64"}
+    assert "profile:" in daemon.cli("show", "a").stdout
+    # The profile is another one by now: neither the next daemon nor another device of the volume knows of it.
+    profile(daemon, FAST.replace("64", "128"))
+    daemon.stop()
+    daemon.start()
+    eventually(lambda: daemon.online("a"), "it is adopted")
+    os.kill(daemon.show("a")["qsd_pid"], signal.SIGKILL)
+    eventually(lambda: daemon.show("a")["deaths"] == 1 and daemon.online("a"), "it has another device")
+    again = str(daemon.show("a")["device"])
+    assert queue(again) == {"read_ahead_kb": "256", "max_sectors_kb": "64", "nr_requests": "64"}
+    daemon.detach("a")
+    # A loop device is the next one's as it is left.
+    assert queue(again)["nr_requests"] == "128"
+
+
+def test_a_profile_that_is_missing_wrong_or_does_not_fit_is_refused_with_nothing_left(
+    daemon: Daemon, place: Path
+) -> None:
+    source = image(place / "a.raw", "raw")
+    profile(daemon, FAST)
+    assert "'fast'" in refuses(daemon, ErrorCode.INVALID_ARGUMENT, source, profile="fats").hint
+    profile(daemon, "[options]\ncach = 'none'\n", "typo")
+    assert "'cache'" in refuses(daemon, ErrorCode.INVALID_ARGUMENT, source, profile="typo").hint
+    profile(daemon, "[options]\nconnections = 4\n", "nbd")
+    error = refuses(daemon, ErrorCode.INVALID_ARGUMENT, source, profile="nbd", transport="fuse")
+    assert "'nbd'" in error.message
+    assert "'connections'" in error.message
+    assert error.volume == "a"
+    profile(daemon, "[options]\ncache = 'nothing'\n", "value")
+    assert "'value'" in refuses(daemon, ErrorCode.INVALID_ARGUMENT, source, profile="value").message
+
+
+def test_what_the_kernel_does_not_take_fails_the_attach_with_its_error(daemon: Daemon, place: Path) -> None:
+    source = image(place / "a.raw", "raw")
+    error = refuses(daemon, ErrorCode.INVALID_ARGUMENT, source, transport="fuse", options={"scheduler": "nosuch"})
+    assert error.cause == "Invalid argument"
+    assert "none" in error.hint
+    assert "scheduler=nosuch" in error.message
+
+
+def test_a_volume_of_a_file_has_the_profile_of_each_boot(daemon: Daemon, place: Path) -> None:
+    source = image(place / "a.raw", "raw")
+    profile(daemon, FAST)
+    files = Path(daemon.layout.volume_files)
+    files.mkdir(parents=True)
+    (files / "a.toml").write_text(f"source = '{source}'\nprofile = 'fast'\noptions = {{ nr-requests = 32 }}\n")
+    assert daemon.cli("daemon", "--reload").stdout == "attaching: a\n"
+    eventually(lambda: daemon.online("a"), "it is attached")
+    assert queue(daemon.show("a")["device"])["nr_requests"] == "32"
+    profile(daemon, FAST.replace("2048", "4096"))
+    done = daemon.cli("daemon", "--reload")
+    assert "detach, and reload again): a" in done.stderr
+    assert daemon.show("a")["options"]["read-ahead-kb"] == "2048"
