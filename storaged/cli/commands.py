@@ -318,6 +318,12 @@ def _bench(args: argparse.Namespace) -> int:
     return bench.run(args, layout_of(args), _command(args))
 
 
+def _tune(args: argparse.Namespace) -> int:
+    from storaged.cli import tune
+
+    return tune.run(args, layout_of(args), _command(args))
+
+
 def _reload(args: argparse.Namespace) -> int:
     with _client(args) as client:
         changed = _field(client.call("Reload", timeout=_QUICK), "reloaded", dict)
@@ -414,6 +420,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "resume": _resume,
     "show": _show,
     "shutdown": _shutdown,
+    "tune": _tune,
     "upgrade": _upgrade,
     "wait": _wait,
     "watch": _watch,

@@ -6,7 +6,7 @@ import argparse
 import math
 
 import storaged
-from storaged.cli import bench, image
+from storaged.cli import bench, image, tune
 from storaged.model.formats import Format
 
 SHELLS = ("bash", "zsh", "fish")
@@ -102,6 +102,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     bench.add_parser(_command(
         commands, "bench", "measure how fast a source is by each way that there is to it, side by side, with fio"
+    ))
+
+    tune.add_parser(_command(
+        commands, "tune", "search for settings that make a source faster than the defaults do, and write a profile"
     ))
 
     command = _command(
