@@ -46,6 +46,31 @@ def knobs(
     return found, notes
 
 
+def pinned(options: Set[str], queue: Mapping[str, str], settings: Mapping[str, str]) -> dict[str, str]:
+    """Return what has to be said so that a measurement differs from the first look in its ``settings`` alone.
+
+    ``queue`` is what the device had then. A loop or NBD device has what its last user left, and the next attach may get
+    another one; and the kernel computes the read-ahead anew when max_sectors_kb is set (blk_apply_bdi_limits).
+    """
+    found = {}
+    for option in ("max-sectors-kb", "nr-requests", "read-ahead-kb"):
+        value = queue.get(option.replace("-", "_"), "")
+        if value.isdecimal():
+            found[option] = value
+    if (present := scheduler(queue)) and "[" in queue["scheduler"]:
+        found["scheduler"] = present
+    if "scheduler" in settings:
+        # Each has a number of its own.
+        found.pop("nr-requests", None)
+    return {key: value for key, value in found.items() if key in options} | dict(settings)
+
+
+def scheduler(queue: Mapping[str, str]) -> str:
+    """The scheduler that counts, of those that a device can have; empty where nothing is known."""
+    text = queue.get("scheduler", "")
+    return text.partition("[")[2].partition("]")[0] or text.strip()
+
+
 def names() -> list[str]:
     """All settings that are known."""
     return [knob.option for knob, _ in _all({}, Host(1, {}), ())]
@@ -74,7 +99,7 @@ def _all(said: Mapping[str, str], host: Host, jobs: Sequence[Job]) -> list[tuple
         (Knob("max-sectors-kb", str(sectors), tuple(
             str(size) for size in (128, 256, 512, 1024, 2048, 4096) if size != sectors and size <= largest
         )), no_large),
-        (Knob("scheduler", schedulers.partition("[")[2].partition("]")[0] or "none", others),
+        (Knob("scheduler", scheduler(host.queue) or "none", others),
          "" if others else "the device has one alone"),
     ]
 

@@ -17,7 +17,7 @@ from storaged.backends import find_backend
 from storaged.bench import facts, measure
 from storaged.bench.fio import Leave
 from storaged.bench.jobs import check_size
-from storaged.bench.knobs import Host, knobs
+from storaged.bench.knobs import Host, knobs, pinned
 from storaged.bench.measure import Runner
 from storaged.bench.report import JobFacts
 from storaged.bench.search import Outcome, Pair, Search, Step, least_budget
@@ -160,7 +160,8 @@ class Tuning(Session):
         """Attach with these settings, run all jobs, and detach. Raises StoragedError."""
         began, load = time.time(), os.getloadavg()[0]
         with shop.attached(
-            replace(subject, options={**subject.options, **settings}), self.transport, self.fio.engines
+            replace(subject, options={**self._pinned(settings), **subject.options, **settings}), self.transport,
+            self.fio.engines,
         ) as target:
             if target.size is not None:
                 check_size(self.jobs, target.size)
@@ -182,6 +183,10 @@ class Tuning(Session):
                     _fail(job.name, "not one request ended in that time")
         self.measured.append(Measured(settings=dict(settings), began=began, load=load, iops=figures))
         return figures
+
+    def _pinned(self, settings: Mapping[str, str]) -> dict[str, str]:
+        """What is said of the device's queue, so that it is the same but for the settings that are tried."""
+        return pinned(options_of(self.transport).keys(), self.queue, settings) if self.queue else {}
 
     def _remember(self, target: Target) -> None:
         """What the device of the defaults is like."""

@@ -206,6 +206,9 @@ def _write_profile(session: Tuning, made: TuneReport, layout: Layout, name: str)
 
     known = known_options(key for transport in ALL.values() for key in transport.options)
     options = {**{key: value for key, value in made.options.items() if key in known}, **made.settings}
+    if "max-sectors-kb" in made.settings and "read-ahead-kb" not in options and "read_ahead_kb" in made.queue:
+        # As it was measured: the kernel would compute it anew.
+        options["read-ahead-kb"] = made.queue["read_ahead_kb"]
     verified = made.verification.ratio.estimate.times if made.verification is not None else ""
     what = "reads and writes" if any(job.writes for job in made.jobs) else "reads alone"
     comment = [

@@ -8,7 +8,6 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Callable
 
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import disk
@@ -139,10 +138,8 @@ def update_size(path: str) -> None:
         os.close(fd)
 
 
-def release(
-    device: Disk, *, read_only: bool, given_up: threading.Event, leave: Callable[[], None] = lambda: None
-) -> None:
-    """Take a loop device away that nobody uses; data is flushed first, then ``leave`` is called while it is still ours.
+def release(device: Disk, *, read_only: bool, given_up: threading.Event) -> None:
+    """Take a loop device away that nobody uses; data is flushed first.
 
     Refuses with DEVICE_IN_USE, the device as it was, when it is mounted, swapped on, held, or open anywhere.
     FLUSH_FAILED when what was written cannot be brought to the image. No error when it is gone already. A flush may
@@ -160,7 +157,6 @@ def release(
                 disk.flush(fd, device.path)
             if given_up.is_set():
                 return
-            leave()
             fcntl.ioctl(fd, _LOOP_CLR_FD)
         except OSError as error:
             if error.errno == errno.ENXIO:

@@ -31,19 +31,20 @@ def set_up(path: str, wanted: Mapping[str, str]) -> dict[str, str]:
             if (made := _present(path, name)) != value:
                 raise _refused(path, name, value, f"it made {made or 'nothing'} of it")
         except OSError as error:
-            give_back(path, former)
+            give_back(path, former, wanted)
             raise _refused(path, name, value, error.strerror or str(error)) from error
         except StoragedError:
-            give_back(path, former)
+            give_back(path, former, {**wanted, name: _present(path, name) or ""})
             raise
     return former
 
 
-def give_back(path: str, former: Mapping[str, str]) -> None:
-    """Set what ``set_up`` has changed to what it was: some devices are the next user's as they are left. May block."""
+def give_back(path: str, former: Mapping[str, str], made: Mapping[str, str]) -> None:
+    """Set what ``set_up`` has made of a device to what it was, but for what is something else by now. May block."""
     for name, value in reversed(list(former.items())):  # another scheduler sets nr_requests anew
-        with contextlib.suppress(OSError, StoragedError):  # nothing depends on it
-            _write(path, name, value)
+        if _present(path, name) == made.get(name):
+            with contextlib.suppress(OSError, StoragedError):  # nothing depends on it
+                _write(path, name, value)
 
 
 def schedulers(path: str) -> list[str]:

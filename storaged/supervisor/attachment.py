@@ -225,7 +225,7 @@ class Attachment(Holding):
                 self.environment.fault("connect: made")
                 await self.note(
                     device=connected.device, diskseq=connected.diskseq, direct_io=connected.direct_io,
-                    socket=connected.socket, counted=_counted(connected.device),
+                    socket=connected.socket, counted=_counted(connected.device), queue={},
                     abandoned=[device for device in self.known().abandoned if device != connected.device],
                 )
                 if connected.served:

@@ -22,6 +22,7 @@ from storaged.model.record import Record
 from storaged.qsd.version import Build, loop_direct_io_is_safe, parse_version
 from storaged.transports.base import Availability, Connected, HostDevice, Seen, Site
 from storaged.transports.needs import lacking, load_modules
+from storaged.transports.queue import attributes
 
 #: As many as a loop device has (queue/nr_requests). The kernel's 12 are too few where each goes over a network.
 _IN_FLIGHT = 128
@@ -132,11 +133,12 @@ class FuseTransport(HostDevice):
         try:
             await site.blocking(
                 "take the loop device away", timeout, loop.release, device, read_only=record.spec.read_only,
-                given_up=given_up, leave=lambda: queue.give_back(device.path, record.queue),
+                given_up=given_up,
             )
         except BaseException:
             given_up.set()
             raise
+        await site.blocking("give the loop device back", timeout, _give_back, device, record)
 
     async def disconnect_by_force(
         self, site: Site, record: Record, timeout: float, *, flush: bool
@@ -152,6 +154,7 @@ class FuseTransport(HostDevice):
                 # To open the device may take as long as the flush: its I/O has to end first.
                 raise StoragedError(ErrorCode.HOST_STUCK, notes[0])
         users = await site.blocking("take the loop device away", timeout, loop.release_by_force, device)
+        await site.blocking("give the loop device back", timeout, _give_back, device, record)
         return notes + _stays(device, users)
 
     async def clear(self, site: Site, record: Record | None, timeout: float) -> list[str]:
@@ -163,12 +166,11 @@ class FuseTransport(HostDevice):
             devices = loop.find_by_backing(mountpoint)
             if known is not None and known not in devices:
                 devices.append(known)
-            if known is not None and record is not None and loop.is_bound(known):
-                # Without a server its requests end at once.
-                queue.give_back(known.path, record.queue)
             # The devices first: once the mount is gone, the kernel no longer shows what they stand on.
             notes = [note for device in devices for note in _stays(device, loop.release_by_force(device))]
             mounts.unmount(mountpoint)
+            if known is not None and record is not None:
+                _give_back(known, record)
             for device in devices:
                 # Nothing tells udev that a device which somebody still has open has lost its volume, and its name.
                 if loop.is_bound(device):
@@ -207,6 +209,12 @@ class FuseTransport(HostDevice):
         if record is None or record.device is None:
             return None
         return disk.Disk(record.device, record.diskseq)
+
+
+def _give_back(device: disk.Disk, record: Record) -> None:
+    """The queue as it was, of a loop device that nobody has any more: the next one's is as it is left."""
+    if record.queue and loop.backing_file(device.path) is None:
+        queue.give_back(device.path, record.queue, attributes(record.spec))
 
 
 def _is_device(path: str) -> bool:

@@ -28,7 +28,7 @@ from storaged.qsd.version import Build
 from storaged.transports.base import IOTHREAD, Availability, Connected, HostDevice, Seen, Site, iothread
 from storaged.transports.needs import check_family, lacking, load_modules
 from storaged.transports.options import POLLING_OPTION, Number, number, polling
-from storaged.transports.queue import QUEUE_OPTIONS
+from storaged.transports.queue import QUEUE_OPTIONS, attributes
 
 _CONNECTIONS = Number("connections; more than one is faster, and not safe when QSD hangs", 1, 16)
 _TIMEOUT = Number("seconds until a request fails; 0: never", 0, 86400)
@@ -194,21 +194,17 @@ class NbdTransport(HostDevice):
         path, given_up = record.device, threading.Event()
         if path is None:
             return
-
-        def remove() -> None:
-            queue.give_back(path, record.queue)
-            nbd.disconnect(path, site.bus_name)
-
         try:
             await site.blocking(
                 "take the NBD device away", timeout, disk.remove_unused, path,
-                lambda: nbd.backend(path) == site.bus_name, remove,
+                lambda: nbd.backend(path) == site.bus_name, lambda: nbd.disconnect(path, site.bus_name),
                 read_only=record.spec.read_only, given_up=given_up,
             )
         except BaseException:
             given_up.set()
             raise
         await site.blocking("see the NBD device go", timeout, nbd.wait_gone, path, site.bus_name)
+        await site.blocking("give the NBD device back", timeout, _give_back, path, record)
 
     async def disconnect_by_force(
         self, site: Site, record: Record, timeout: float, *, flush: bool
@@ -226,6 +222,7 @@ class NbdTransport(HostDevice):
                 raise StoragedError(ErrorCode.HOST_STUCK, notes[0])
         await site.blocking("take the NBD device away", timeout, nbd.disconnect, path, site.bus_name)
         users = await site.blocking("see the NBD device go", timeout, nbd.users_that_keep, path, site.bus_name)
+        await site.blocking("give the NBD device back", timeout, _give_back, path, record)
         return notes + [f"{path} fails all I/O and stays until its last user is gone: {user}" for user in users]
 
     async def clear(self, site: Site, record: Record | None, timeout: float) -> list[str]:
@@ -256,6 +253,12 @@ def _connections(
             ) from error
         told = [negotiate(sock, site.bus_name, patience) for sock in sockets]
         yield sockets, told[0]
+
+
+def _give_back(path: str, record: Record) -> None:
+    """The queue as it was, of a device that nobody has any more: the next one's is as it is left."""
+    if record.queue and disk.attribute(path, "pid") is None:
+        queue.give_back(path, record.queue, attributes(record.spec))
 
 
 def _timeouts(record: Record) -> nbd.Timeouts:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
+
+import pytest
 
 from storaged.errors import ErrorCode
 from storaged.host import disk
@@ -26,6 +29,12 @@ def queue(device: str) -> dict[str, str | None]:
     return {name: disk.attribute(device, f"queue/{name}") for name in names}
 
 
+def queue_before(daemon: Daemon, name: str) -> dict[str, str]:
+    """What the queue of a volume's device had, of what was set."""
+    record = json.loads(Path(daemon.layout.volume_dir(name), "record.json").read_text())
+    return {attribute.removeprefix("queue/"): value for attribute, value in record["queue"].items()}
+
+
 def test_a_volume_is_attached_with_a_profile_and_keeps_what_it_said(daemon: Daemon, place: Path) -> None:
     source = image(place / "a.raw", "raw")
     profile(daemon, FAST)
@@ -45,9 +54,27 @@ def test_a_volume_is_attached_with_a_profile_and_keeps_what_it_said(daemon: Daem
     eventually(lambda: daemon.show("a")["deaths"] == 1 and daemon.online("a"), "it has another device")
     again = str(daemon.show("a")["device"])
     assert queue(again) == {"read_ahead_kb": "256", "max_sectors_kb": "64", "nr_requests": "64"}
+    former = queue_before(daemon, "a")
+    assert "read_ahead_kb" in former
     daemon.detach("a")
-    # A loop device is the next one's as it is left.
-    assert queue(again)["nr_requests"] == "128"
+    assert queue(again).items() >= former.items()
+
+
+@pytest.mark.parametrize("qsd_is_dead", [False, True])
+def test_a_loop_device_is_given_back_as_it_was_also_by_force(
+    daemon: Daemon, place: Path, qsd_is_dead: bool
+) -> None:
+    profile(daemon, FAST)
+    volume = daemon.attach("a", image(place / "a.raw", "raw"), profile="fast", options={"read-ahead-kb": "300"})
+    former, device = queue_before(daemon, "a"), str(volume["device"])
+    assert queue(device) == {"read_ahead_kb": "300", "max_sectors_kb": "64", "nr_requests": "64"}
+    if qsd_is_dead:
+        daemon.kill()
+        os.kill(volume["qsd_pid"], signal.SIGKILL)
+        daemon.start()
+    daemon.detach("a", force=True)
+    assert "read_ahead_kb" in former
+    assert queue(device).items() >= former.items()
 
 
 def test_a_profile_that_is_missing_wrong_or_does_not_fit_is_refused_with_nothing_left(

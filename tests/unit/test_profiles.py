@@ -219,8 +219,18 @@ def test_a_queue_gets_what_differs_and_is_given_back_in_the_other_order(monkeypa
     former = queue.set_up("/dev/loop9", wanted)
     assert former == {"queue/scheduler": "none", "queue/nr_requests": "128"}
     assert kernel.written == ["queue/scheduler=bfq", "queue/nr_requests=64"]
-    queue.give_back("/dev/loop9", former)
+    queue.give_back("/dev/loop9", former, wanted)
     assert kernel.written[2:] == ["queue/nr_requests=128", "queue/scheduler=none"]
+
+
+def test_what_somebody_else_has_set_since_is_not_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel(monkeypatch)
+    wanted = {"queue/scheduler": "bfq", "queue/nr_requests": "64"}
+    former = queue.set_up("/dev/loop9", wanted)
+    kernel.values["queue/nr_requests"] = "32"
+    queue.give_back("/dev/loop9", former, wanted)
+    assert kernel.values["queue/nr_requests"] == "32"
+    assert kernel.values["queue/scheduler"] == "[none] bfq"
 
 
 @pytest.mark.parametrize(("wanted", "cause", "hint"), [

@@ -7,7 +7,7 @@ import pytest
 from storaged.backends import BACKENDS
 from storaged.bench.fio import words
 from storaged.bench.jobs import TUNING, Job
-from storaged.bench.knobs import UNSAFE, Host, knobs, names
+from storaged.bench.knobs import UNSAFE, Host, knobs, names, pinned
 from storaged.model.profile import known_options
 from storaged.transports import TRANSPORTS, options_of
 
@@ -72,6 +72,17 @@ def test_what_no_job_could_show_is_not_tried() -> None:
     found, notes = knobs(options("vduse", "file"), {}, Host(1, {"scheduler": "none"}), SMALL, unsafe=False)
     assert {knob.option for knob in found} == {"aio", "queue-size", "poll-max-ns"}
     assert {note.split()[0] for note in notes} == {"queues", "read-ahead-kb", "max-sectors-kb", "scheduler"}
+
+
+def test_a_measurement_says_all_of_the_queue_since_another_device_may_have_been_left_otherwise() -> None:
+    of_fuse, queue = options_of("fuse").keys(), {**HOST.queue, "nr_requests": "128"}
+    assert pinned(of_fuse, queue, {}) == {
+        "scheduler": "none", "read-ahead-kb": "128", "max-sectors-kb": "1280", "nr-requests": "128",
+    }
+    assert pinned(of_fuse, queue, {"read-ahead-kb": "512", "aio": "native"})["read-ahead-kb"] == "512"
+    # Another scheduler brings its own.
+    assert "nr-requests" not in pinned(of_fuse, queue, {"scheduler": "mq-deadline"})
+    assert pinned(of_fuse, {"scheduler": "none", "read_ahead_kb": ""}, {}) == {}
 
 
 def test_who_reads_through_the_page_cache_goes_over_the_disk_once() -> None:
