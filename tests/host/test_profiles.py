@@ -102,6 +102,17 @@ def test_what_the_kernel_does_not_take_fails_the_attach_with_its_error(daemon: D
     assert "scheduler=nosuch" in error.message
 
 
+def test_qsd_polls_for_as_long_as_a_profile_says_and_a_socket_has_no_queue(daemon: Daemon, place: Path) -> None:
+    source = image(place / "a.raw", "raw")
+    profile(daemon, 'transport = "vhost-user"\n[options]\npoll-max-ns = 0\n')
+    volume = daemon.attach("a", source, profile="fast")
+    assert volume["transport"] == "vhost-user"
+    assert '"poll-max-ns": 0' in Path(f"/proc/{volume['qsd_pid']}/cmdline").read_text()
+    profile(daemon, FAST, "device")
+    error = refuses(daemon, ErrorCode.INVALID_ARGUMENT, source, name="b", profile="device", transport="vhost-user")
+    assert "vhost-user" in error.cause
+
+
 def test_a_volume_of_a_file_has_the_profile_of_each_boot(daemon: Daemon, place: Path) -> None:
     source = image(place / "a.raw", "raw")
     profile(daemon, FAST)
