@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storaged.__main__ import main
@@ -19,7 +19,7 @@ from storaged.model.profile import applied, known_options, parse_profile, profil
 from storaged.model.record import Record
 from storaged.model.spec import COMMON_OPTIONS, VolumeSpec
 from storaged.store.profiles import profile_path, with_profile
-from storaged.transports import TRANSPORTS, check_transport
+from storaged.transports import TRANSPORTS, check_transport, nbd
 from storaged.transports import queue as queue_options
 from storaged.transports.base import iothread
 from tests.harness import error_of
@@ -121,6 +121,7 @@ def test_no_secret_place_or_owner_can_be_in_a_profile() -> None:
     ),
     st.sampled_from(["auto", "nbd", "fuse"]),
 )
+@settings(deadline=None)
 def test_what_is_written_is_read_again(options: dict[str, str], transport: str) -> None:
     text = profile_text(transport, options, ["found by a test", "", 'with "quotes" = 1'])
     assert tomllib.loads(text)["options"].keys() == options.keys()
@@ -221,6 +222,33 @@ def test_a_queue_gets_what_differs_and_is_given_back_in_the_other_order(monkeypa
     assert kernel.written == ["queue/scheduler=bfq", "queue/nr_requests=64"]
     queue.give_back("/dev/loop9", former, wanted)
     assert kernel.written[2:] == ["queue/nr_requests=128", "queue/scheduler=none"]
+
+
+def of_nbd(**options: str) -> Record:
+    """A volume by NBD, of whose queue the number of requests was set."""
+    return Record(
+        spec=volume(nr_requests="64", **options), transport="nbd", transport_reason="", binary="/q",
+        settings={"timeout": 1}, queue={"queue/nr_requests": "128"},
+    )
+
+
+def test_an_nbd_device_gets_larger_requests_unless_their_size_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel(monkeypatch)
+    kernel.values["queue/max_sectors_kb"] = "128"
+    nbd._tune("/dev/loop9", of_nbd(max_sectors_kb="128"))
+    assert kernel.written == []
+    nbd._tune("/dev/loop9", of_nbd())
+    assert kernel.written == ["queue/max_sectors_kb=1024"]
+
+
+def test_an_nbd_device_is_given_back_when_nobody_has_it_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel(monkeypatch)
+    kernel.values |= {"queue/nr_requests": "64", "pid": "17"}
+    nbd._give_back("/dev/loop9", of_nbd())
+    assert kernel.written == []
+    del kernel.values["pid"]
+    nbd._give_back("/dev/loop9", of_nbd())
+    assert kernel.written == ["queue/nr_requests=128"]
 
 
 def test_what_somebody_else_has_set_since_is_not_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
