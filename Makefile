@@ -2,7 +2,7 @@
 # PYTEST_ARGS is handed to pytest: make test PYTEST_ARGS='-k vduse -x'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup servers demo test test-host test-vm test-vm-contract test-vm-system test-vm-bookworm test-vm-boot test-boot test-faults fuzz vm-shell lint unit bench-attach bench-vm bench-recovery bench-memory bench-metrics dkms deb deb-machines bench-backends clean
+.PHONY: help setup servers demo test test-host test-vm test-vm-contract test-vm-system test-vm-bookworm test-vm-boot test-boot test-faults fuzz vm-shell lint unit bench bench-costs bench-attach bench-vm bench-recovery bench-memory bench-metrics dkms deb deb-machines bench-backends clean
 # setup comes first in each list of prerequisites: never run them side by side.
 .NOTPARALLEL:
 
@@ -91,6 +91,23 @@ test-vm-bookworm: setup ## VDUSE on Debian 12, in a test machine of its own (roo
 
 vm-shell: setup ## a shell in the test machine; with CMD='…': that command (root)
 	@$(if $(value CMD),scripts/vm run "$$CMD",scripts/vm shell)
+
+# Where real kernels are at hand: this one (mostly without VDUSE and NBD), the test machine's, User Mode Linux.
+BENCH := python bench/sidebyside.py measure --runtime 1 --repeat 4
+bench: setup ## all ways side by side, in all machines; writes bench/results (root, 20 minutes)
+	@mkdir -p .cache/bench
+	$(VENV)/$(BENCH) >.cache/bench/native.json
+	@scripts/vm --deadline 0 run --steady '$(BENCH)' >.cache/bench/emulated.json
+	@scripts/uml --deadline 0 '$(BENCH)' >.cache/bench/uml.json
+	@for name in native emulated uml; do \
+		$(VENV)/python bench/sidebyside.py publish $$name .cache/bench/$$name.json || exit; done
+	@$(VENV)/python bench/sidebyside.py table
+
+# One processor, so that time is instructions. The machine "profile" is trixie with perf.
+bench-costs: setup ## what a request costs by each way, and where: profile, system calls (root, 15 minutes)
+	@mkdir -p .cache/bench
+	@scripts/vm --machine profile --deadline 0 run --steady --processors 1 'python bench/costs.py --json /run/json >&2 && \
+		cat /run/json' >.cache/bench/costs.json
 
 bench-attach: setup ## how long attach and detach take (root)
 	$(VENV)/python bench/attach.py

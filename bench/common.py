@@ -8,6 +8,7 @@ import os
 import platform
 import select
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -15,9 +16,11 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from storaged.api.client import Client
+from storaged.errors import StoragedError
 from storaged.model.layout import Layout
 
 STORAGED = str(Path(sys.executable).with_name("storaged"))
@@ -25,26 +28,52 @@ QSD = "qemu-storage-daemon"
 
 
 class Daemon:
-    """A daemon with directories of its own, below /run: a tmpfs, where the real one has them too."""
+    """A daemon with directories of its own, below /run: a tmpfs, where the real one has them too.
+
+    From its start on a signal ends the benchmark in good order: who made a Daemon has to close it, whatever happens.
+    """
 
     def __init__(self, configuration: str = "") -> None:
         """``configuration``: the content of its storaged.toml."""
+        end_in_order()
         self.root = Path(tempfile.mkdtemp(prefix="storaged-bench-", dir="/run"))
         self.layout = Layout.below(str(self.root))
         os.makedirs(self.layout.config_dir)
         Path(self.layout.config_file).write_text(configuration)
-        self.process = subprocess.Popen(
-            [STORAGED, "--root", str(self.root), "daemon"], stdout=subprocess.DEVNULL,
-            stderr=open(self.root / "log", "wb"),  # noqa: SIM115  # the child's
-        )
-        deadline = time.monotonic() + 60
+        try:
+            self.start()
+        except BaseException:
+            shutil.rmtree(self.root)
+            raise
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        # In a session of its own: Ctrl-C goes to all of the terminal's, and it is needed to take its volumes away.
+        with open(self.root / "log", "ab") as log:
+            self.process = subprocess.Popen(
+                [STORAGED, "--root", str(self.root), "daemon"], stdout=subprocess.DEVNULL, stderr=log,
+                start_new_session=True,
+            )
+        try:
+            self._await_answer(time.monotonic() + 60)
+        except BaseException:
+            self.process.kill()
+            self.process.wait()
+            raise
+
+    def _await_answer(self, deadline: float) -> None:
         while True:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(StoragedError, OSError):
                 self.call("List", {}, 5)
                 return
             if time.monotonic() > deadline or self.process.poll() is not None:
                 raise SystemExit(f"the daemon does not start: {(self.root / 'log').read_text()}")
             time.sleep(0.05)
+
+    def stop(self) -> None:
+        """End it; volumes stay."""
+        self.process.terminate()
+        self.process.wait()
 
     def call(self, method: str, parameters: dict[str, Any], timeout: float = 120) -> dict[str, Any]:
         """One call on a connection of its own."""
@@ -52,12 +81,37 @@ class Daemon:
             return client.call(method, parameters, timeout)
 
     def close(self) -> None:
-        """Take all away."""
-        for volume in self.call("List", {})["volumes"]:
-            self.call("Detach", {"name": volume["name"], "force": True})
-        self.process.terminate()
-        self.process.wait()
+        """Take all away; if the daemon has died or does not answer, by another one."""
+        try:
+            volumes = self.call("List", {}, 20)["volumes"]
+        except (StoragedError, OSError):
+            self.process.kill()
+            self.process.wait()
+            self.start()
+            volumes = self.call("List", {})["volumes"]
+        for volume in volumes:
+            try:
+                self.call("Detach", {"name": volume["name"], "force": True})
+            except StoragedError as error:
+                print(f"{volume['name']} is left behind: {error}", file=sys.stderr)
+        self.stop()
         shutil.rmtree(self.root)
+
+
+def end_in_order() -> None:
+    """SIGINT, SIGTERM and SIGHUP end the benchmark once, and it takes away what it has made; a second is not heard."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for each in caught:
+            signal.signal(each, lambda *_: None)  # not SIG_IGN: what is started now would inherit that
+        raise SystemExit(128 + number)
+
+    caught = [
+        number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is not signal.SIG_IGN  # nohup(1)
+    ]
+    for number in caught:
+        signal.signal(number, interrupt)
 
 
 def run(*command: object) -> str:

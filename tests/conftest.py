@@ -76,5 +76,7 @@ def daemon(request: pytest.FixtureRequest) -> Iterator[Daemon]:
     try:
         yield shared
     finally:
+        if shared.fault and shared.process is not None:
+            shared.kill()  # a test that failed before it did its work: it would end the next ones
         shared.forget_all()
     eventually(lambda: leftovers(shared.root) == [], f"nothing is left; there is {leftovers(shared.root)}")

@@ -40,6 +40,8 @@ class Daemon:
         self.layout = Layout.below(str(root))
         self.process: subprocess.Popen[bytes] | None = None
         self.log = root.parent / f"{root.name}.log"
+        #: Which one is armed in the present process.
+        self.fault = ""
 
     def start(
         self, *, fault: str = "", command: list[str] | None = None, wait: bool = True, listener: int | None = None
@@ -48,6 +50,7 @@ class Daemon:
 
         ``listener``: the descriptor of a socket that is handed over, as systemd does.
         """
+        self.fault = fault
         environment = {**os.environ, "STORAGED_FAULT": fault} if fault else dict(os.environ)
         command = [*(command or []), *STORAGED, "--root", str(self.root), "daemon"]
         handed: tuple[int, ...] = ()
@@ -79,12 +82,12 @@ class Daemon:
         """End it as systemd does; volumes stay."""
         assert self.process is not None
         self.process.terminate()
-        return self.process.wait(60)
+        return self.process.wait(60 * _PATIENCE)
 
     def wait_dead(self) -> None:
         """Wait until it ended by itself (an armed fault)."""
         assert self.process is not None
-        assert self.process.wait(60) == -signal.SIGKILL
+        assert self.process.wait(60 * _PATIENCE) == -signal.SIGKILL
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """One Varlink call."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ _LEAST_PERCENTILE = 50.0
 _TITLES = {"fio": "fio (who does the I/O)", "qsd": "QSD", "daemon": "the daemon"}
 
 STYLE = """\
-svg { font: 13px system-ui, sans-serif; fill: var(--ink); }
+svg { font-size: 13px; font-family: system-ui, sans-serif; fill: var(--ink); }
 svg .job { font-weight: 600; }
 svg .dim { fill: var(--dim); font-size: 11px; }
 svg .rule { stroke: var(--rule); stroke-width: 1; fill: none; }
@@ -42,6 +43,11 @@ _COLOURS = {
 def colours(*, dark: bool) -> str:
     """The variables that STYLE and the plots name."""
     return " ".join(f"--{name}: {pair[dark]};" for name, pair in _COLOURS.items())
+
+
+def written_out(svg: str) -> str:
+    """Return a picture without variables: with the colours that they have on white."""
+    return re.sub(rf"var\(--({'|'.join(_COLOURS)})\)", lambda found: _COLOURS[found[1]][0], svg)
 
 
 def text(value: object) -> str:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from storaged.bench import shown
-from storaged.bench.charts import STYLE, WIDTH, Plot, colours, plots, text
+from storaged.bench.charts import STYLE, WIDTH, Plot, colours, plots, text, written_out
 from storaged.bench.report import CONSUMERS, SHOWN_PERCENTILES, Line, Report, failures, lines, reference
 from storaged.model.sizes import format_size
 
@@ -53,7 +53,10 @@ def page(report: Report) -> str:
 
 
 def picture(report: Report) -> str:
-    """Return all plots as one SVG, for a document: on white, whatever the reader's screen is."""
+    """Return all plots as one SVG, for a document: on white, whatever the reader's screen is.
+
+    Its colours are written out: what is no browser (librsvg, word processors) knows no variables of CSS.
+    """
     drawn = plots(lines(report), reference(report))
     top, parts = _MARGIN + 18, []
     parts.append(
@@ -65,10 +68,10 @@ def picture(report: Report) -> str:
         parts.append(_placed(plot, top))
         top += 40 + plot.height + _GAP
     width = WIDTH + 2 * _MARGIN
-    return (
+    return written_out(
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {top:.0f}" width="{width:.0f}"'
-        f' height="{top:.0f}" role="img" aria-label="storaged bench"><style>:root {{ {colours(dark=False)} }} {STYLE}'
-        f'</style><rect width="100%" height="100%" fill="#ffffff"/>{"".join(parts)}</svg>\n'
+        f' height="{top:.0f}" role="img" aria-label="storaged bench"><style>{STYLE}</style>'
+        f'<rect width="100%" height="100%" fill="#ffffff"/>{"".join(parts)}</svg>\n'
     )
 
 

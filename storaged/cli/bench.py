@@ -82,6 +82,9 @@ def add_parser(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", metavar="FILE", dest="json_file", help="write all that was measured there")
     command.add_argument("--html", metavar="FILE", dest="html_file", help="write a page with plots there")
     command.add_argument("--svg", metavar="FILE", dest="svg_file", help="write the plots as a picture there")
+    command.add_argument(
+        "--png", metavar="FILE", dest="png_file", help="the same picture of pixels (needs rsvg-convert: librsvg2-bin)"
+    )
 
 
 def _ways(text: str) -> list[str]:
@@ -125,11 +128,14 @@ def run(args: argparse.Namespace, layout: Layout, command: str) -> int:
             ErrorCode.INVALID_ARGUMENT, "one source is measured at a time",
             cause=f"there is more behind {args.source}: {' '.join(args.reports)}", hint="leave it out",
         )
+    from storaged.bench import pixels
     from storaged.bench.session import Display, Session
     from storaged.host.configfiles import load_config
 
-    for path in filter(None, (args.json_file, args.html_file, args.svg_file)):
+    for path in filter(None, (args.json_file, args.html_file, args.svg_file, args.png_file)):
         refuse_unwritable(path)
+    if args.png_file:
+        pixels.find_converter()
     request = _request(args)
     bar = progress.Bar("bench")
 
@@ -210,13 +216,15 @@ def refuse_unwritable(path: str) -> None:
 
 
 def _write_files(args: argparse.Namespace, made: Report) -> None:
-    from storaged.bench import page
+    from storaged.bench import page, pixels
     from storaged.bench.report import encoded
     from storaged.host.atomic import write_atomic
 
     contents: list[tuple[str | None, Callable[[Report], bytes]]] = [
         (args.json_file, encoded), (args.html_file, lambda report: page.page(report).encode()),
         (args.svg_file, lambda report: page.picture(report).encode()),
+        # The last: it is the only one that can fail by itself.
+        (args.png_file, lambda report: pixels.png(page.picture(report))),
     ]
     for path, make in contents:
         if path:

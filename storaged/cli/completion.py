@@ -32,7 +32,7 @@ _NAMES = {
 }
 _FILES = (
     "source", "target", "other", "backing", "config", "kernel_config", "reports", "jobs", "json_file", "html_file",
-    "svg_file",
+    "svg_file", "png_file",
 )
 _DIRECTORIES = ("root", "snapshot_dir")
 

@@ -55,6 +55,8 @@ class Health:
         self._clock = Standstill()
         self.in_flight = 0
         """Requests in flight when the device was sampled last."""
+        self.look_again = False
+        """Requests were in flight, and only another look soon can tell whether they move."""
         self._began = 0.0
 
     @property
@@ -89,6 +91,8 @@ class Health:
         progress = self._sample()
         if progress is not None:
             self.in_flight = progress.in_flight
+            # At every other look: what moves costs two looks in the time of one, and not one after another.
+            self.look_again = progress.in_flight > 0 and not self.look_again
         self.standstill = self._clock.update(progress, time.monotonic())
         self.lost = self._has_lost_server()
         self._held.stalled = self.lost or self.standstill >= self.patience
@@ -231,6 +235,7 @@ class Health:
         """Another server serves the device, or another device the volume."""
         self.condition = None
         self.standstill = 0.0
+        self.look_again = False
         self.lost = False
         self._watch.close()
         self._clock = Standstill()

@@ -168,6 +168,8 @@ class Volume(Convergence):
         if self.state in (State.ONLINE, State.RESCUED):
             every = self._health.look_every
             step = min(_LOOK_STEP, every)
+            if self._health.look_again:
+                return now + step
             return math.ceil((now + every * random.uniform(0.7, 1.0)) / step) * step
         if self.state is State.HUNG:
             return now + _HUNG_LOOK

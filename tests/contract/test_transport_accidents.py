@@ -66,39 +66,38 @@ def test_the_longest_name(daemon: Daemon, place: Path, transport: str) -> None:
 
 
 def test_a_source_that_shrank_does_not_go_on_below_its_old_device(
-    stopped: Daemon, place: Path, transport: str
+    daemon: Daemon, place: Path, transport: str
 ) -> None:
-    source, device, former = unserved(stopped, place, transport, -(1 << 20))
-    stopped.start()
-    eventually(lambda: stopped.show("a")["state"] not in ("starting", "recovering"), "settled", timeout=40)
-    seen = stopped.show("a")
+    source, device, former = unserved(daemon, place, transport, -(1 << 20))
+    daemon.start()
+    eventually(lambda: daemon.show("a")["state"] not in ("starting", "recovering"), "settled", timeout=40)
+    seen = daemon.show("a")
     assert seen["state"] == "failed", seen
     assert "source-changed" in str(seen), seen
     os.truncate(source, source.stat().st_size + (1 << 20))
-    eventually(lambda: stopped.replaced("a", former), "it goes on", timeout=60)
-    assert transport == "fuse" or stopped.show("a")["device"] == device
-    stopped.detach("a", timeout=60)
+    eventually(lambda: daemon.replaced("a", former), "it goes on", timeout=60)
+    assert transport == "fuse" or daemon.show("a")["device"] == device
+    daemon.detach("a", timeout=60)
 
 
 def test_a_source_that_grew_while_nobody_served_it_keeps_its_size_below_the_device(
-    stopped: Daemon, place: Path, transport: str
+    daemon: Daemon, place: Path, transport: str
 ) -> None:
-    source, _, former = unserved(stopped, place, transport, 1 << 20)
-    stopped.start()
-    eventually(lambda: stopped.replaced("a", former), "served", timeout=40)
-    seen = stopped.show("a")
+    source, _, former = unserved(daemon, place, transport, 1 << 20)
+    daemon.start()
+    eventually(lambda: daemon.replaced("a", former), "served", timeout=40)
+    seen = daemon.show("a")
     assert seen["source_size"] == source.stat().st_size
     assert size_of(seen["device"]) == seen["source_size"] - (1 << 20)
-    stopped.detach("a", timeout=60)
+    daemon.detach("a", timeout=60)
 
 
-def unserved(stopped: Daemon, place: Path, transport: str, change: int) -> tuple[Path, str, int]:
+def unserved(daemon: Daemon, place: Path, transport: str, change: int) -> tuple[Path, str, int]:
     """Attach, end daemon and QSD, and change the size of the source: it, the device, and QSD's former pid."""
-    stopped.start()
     source = image(place / "a.raw", "raw")
-    device = stopped.device("a", source, transport=transport)
-    former = stopped.qsd("a")
-    stopped.kill()
+    device = daemon.device("a", source, transport=transport)
+    former = daemon.qsd("a")
+    daemon.kill()
     os.kill(former, signal.SIGKILL)
     os.truncate(source, source.stat().st_size + change)
     return source, device, former
@@ -116,27 +115,26 @@ FAULTS = {
 
 @pytest.mark.parametrize(("transport", "fault"), [(name, fault) for name in HERE for fault in FAULTS[name]])
 def test_the_daemon_dies_while_it_ends_a_device_that_lost_writes(
-    stopped: Daemon, place: Path, transport: str, fault: str
+    daemon: Daemon, place: Path, transport: str, fault: str
 ) -> None:
-    stopped.start()
-    device = stopped.device("a", image(place / "a", "qcow2"), format="qcow2", transport=transport)
-    former = stopped.qsd("a")
+    device = daemon.device("a", image(place / "a", "qcow2"), format="qcow2", transport=transport)
+    former = daemon.qsd("a")
     fd = os.open(device, os.O_RDWR | os.O_DIRECT)
     try:
         with mmap.mmap(-1, 4096) as buffer:
             buffer[:] = b"x" * 4096
             os.pwritev(fd, [buffer], 8 << 20)
-        stopped.kill()
+        daemon.kill()
         os.kill(former, signal.SIGKILL)
-        stopped.start(fault=fault, wait=False)
-        stopped.wait_dead()
-        stopped.start()
-        eventually(lambda: stopped.replaced("a", former), "replaced", timeout=60)
+        daemon.start(fault=fault, wait=False)
+        daemon.wait_dead()
+        daemon.start()
+        eventually(lambda: daemon.replaced("a", former), "replaced", timeout=60)
         with pytest.raises(OSError, match="error"):
             os.fsync(fd)
     finally:
         os.close(fd)
-    writes(str(stopped.show("a")["device"]), 0, PATTERN)
-    assert reads(str(stopped.show("a")["device"]), 0, len(PATTERN)) == PATTERN
-    stopped.detach("a", timeout=60)
-    eventually(lambda: leftovers(stopped.root) == [], f"nothing is left; there is {leftovers(stopped.root)}")
+    writes(str(daemon.show("a")["device"]), 0, PATTERN)
+    assert reads(str(daemon.show("a")["device"]), 0, len(PATTERN)) == PATTERN
+    daemon.detach("a", timeout=60)
+    eventually(lambda: leftovers(daemon.root) == [], f"nothing is left; there is {leftovers(daemon.root)}")

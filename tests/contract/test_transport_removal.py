@@ -220,15 +220,14 @@ def test_the_daemon_dies_while_it_takes_the_device_away_and_the_next_one_finishe
     assert source.read_bytes()[: len(PATTERN)] == PATTERN
 
 
-def test_daemon_and_qsd_die_together(stopped: Daemon, place: Path, transport: str) -> None:
-    stopped.start()
-    writes(stopped.device("a", image(place / "a.raw", "raw"), transport=transport), 0, PATTERN)
-    former = stopped.qsd("a")
-    stopped.kill()
+def test_daemon_and_qsd_die_together(daemon: Daemon, place: Path, transport: str) -> None:
+    writes(daemon.device("a", image(place / "a.raw", "raw"), transport=transport), 0, PATTERN)
+    former = daemon.qsd("a")
+    daemon.kill()
     os.kill(former, signal.SIGKILL)
-    stopped.start()
-    eventually(lambda: stopped.replaced("a", former), "replaced", timeout=60)
-    assert reads(str(stopped.show("a")["device"]), 0, len(PATTERN)) == PATTERN
+    daemon.start()
+    eventually(lambda: daemon.replaced("a", former), "replaced", timeout=60)
+    assert reads(str(daemon.show("a")["device"]), 0, len(PATTERN)) == PATTERN
 
 
 @pytest.mark.parametrize("format", ["raw", "qcow2"])

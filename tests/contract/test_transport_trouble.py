@@ -33,16 +33,15 @@ def test_a_rescue_ends_what_waits_for_a_stopped_qsd_and_the_volume_can_be_resume
 
 
 def test_a_rescued_volume_stays_rescued_when_the_daemon_is_restarted_and_can_be_detached(
-    stopped: Daemon, place: Path, transport: str
+    daemon: Daemon, place: Path, transport: str
 ) -> None:
-    stopped.start()
-    stopped.device("a", image(place / "a.raw", "raw"), transport=transport)
-    stopped.call("Rescue", name="a")
-    stopped.kill()
-    stopped.start()
-    eventually(lambda: stopped.show("a")["state"] == "rescued", "as it was")
-    assert "rescue" in kinds(stopped)
-    stopped.detach("a")
+    daemon.device("a", image(place / "a.raw", "raw"), transport=transport)
+    daemon.call("Rescue", name="a")
+    daemon.kill()
+    daemon.start()
+    eventually(lambda: daemon.show("a")["state"] == "rescued", "as it was")
+    assert "rescue" in kinds(daemon)
+    daemon.detach("a")
 
 
 def test_a_device_that_goes_with_its_qsd_cannot_be_kept(daemon: Daemon, place: Path) -> None:

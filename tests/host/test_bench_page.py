@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import struct
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from msgspec.structs import replace
 
 from storaged.bench.jobs import SETS
 from storaged.bench.page import page, picture
+from storaged.bench.pixels import png
 from storaged.bench.report import JobFacts, Report
 from tests.unit.bench_reports import report, run
 
@@ -127,3 +129,14 @@ def test_the_picture_is_drawn_by_a_browser(place: Path) -> None:
         )
     # What cannot be drawn is a white page, or a short message.
     assert (place / "a.png").stat().st_size > 5 * (place / "empty.png").stat().st_size
+
+
+def test_the_picture_becomes_a_png_in_its_colours() -> None:
+    drawn = picture(full())
+    size = re.search(r'width="(\d+)" height="(\d+)"', drawn)
+    assert size is not None
+    made = png(drawn)
+    assert made.startswith(b"\x89PNG\r\n\x1a\n")
+    assert struct.unpack("!II", made[16:24]) == (2 * int(size[1]), 2 * int(size[2]))
+    # What the program does not understand it draws in black.
+    assert png(drawn.replace('fill="#', 'fill="#000000" data-was="#')) != made

@@ -292,7 +292,7 @@ def test_what_a_qsd_put_in_the_place_of_its_socket_is_removed(daemon: Daemon, pl
     other = Path(daemon.layout.volume_dir("a")) / "tmp" / "vm.sock"
     (other / "x").mkdir(parents=True)
     daemon.kill_qsd("a")
-    eventually(lambda: stat.S_ISSOCK(os.stat(str(daemon.show("a")["socket"])).st_mode), "a successor has a socket")
+    eventually(lambda: Path(str(daemon.show("a")["socket"])).is_socket(), "a successor has a socket")
     eventually(lambda: daemon.online("a"), "a successor serves it")
     daemon.detach("a")
     nothing_is_left(daemon)

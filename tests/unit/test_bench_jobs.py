@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -166,13 +167,23 @@ def test_versions_and_engines_are_read_as_fio_prints_them() -> None:
     assert engines_of("Available IO engines:\n\tcpuio\n\tlibaio\n") == {"cpuio", "libaio"}
 
 
+OF_REPOSITORY = sorted((Path(__file__).parents[2] / "bench/jobs").glob("*.fio"))
+
+
+def test_the_repository_has_the_files_of_jobs_that_its_documentation_names() -> None:
+    told = (Path(__file__).parents[2] / "docs/bench.md").read_text()
+    assert OF_REPOSITORY
+    assert [path.name for path in OF_REPOSITORY if f"`{path.name}`" not in told] == []
+
+
 def test_fio_takes_the_usual_jobs_as_they_are_told_and_says_what_is_wrong_with_others() -> None:
     program = shutil.which("fio")
     assert program is not None
     fio = Fio(program, "", frozenset())
+    jobs = [*ALL, *(job for path in OF_REPOSITORY for job in jobs_of_file(path.read_text(), path.name).jobs)]
     # --readonly is of the whole command line.
     together = [
-        word for job in ALL for word in words(job, ["--ioengine=null", "--size=1G"], 1, Leave.OWN)
+        word for job in jobs for word in words(job, ["--ioengine=null", "--size=1G"], 1, Leave.OWN)
         if word != "--readonly"
     ]
     assert check_words(fio, together) == ""

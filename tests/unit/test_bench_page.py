@@ -85,6 +85,14 @@ def test_no_text_of_a_report_is_taken_for_markup(make: object) -> None:
     assert "&lt;script&gt;" in html
 
 
+def test_the_picture_needs_no_variables_of_css_which_only_browsers_know() -> None:
+    assert "var(--direct)" in page(report())
+    assert "var(--" not in picture(report())
+    assert 'fill="#' in picture(report())
+    # What a report says stays as it is.
+    assert "var(--none)" in picture(report(source="var(--none)"))
+
+
 def test_the_picture_is_an_svg_that_any_program_reads() -> None:
     for one in (report(), hostile(), report(runs=[])):
         root = ElementTree.fromstring(picture(one))

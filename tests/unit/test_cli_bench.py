@@ -35,6 +35,8 @@ def test_wrong_usage_is_refused_as_such(words: list[str]) -> None:
     (["x", "--json", "none/a.json"], "cannot be written"),
     (["x", "--html", "."], "cannot be written"),
     (["x", "--svg", "none/a.svg"], "cannot be written"),
+    (["x", "--png", "none/a.png"], "cannot be written"),
+    (["x", "--png", "a.png"], "rsvg-convert is not there"),
     (["x", "--scratch", "many"], "'many' is not a size"),
     (["", "--jobs", "quick"], "source is empty"),
 ])
@@ -44,6 +46,7 @@ def test_what_could_only_fail_later_is_refused_at_once_with_a_hint(
     from storaged.bench.report import encoded
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/none")
     (tmp_path / "a.json").write_bytes(encoded(report()))
     assert main(["--root", str(tmp_path), "bench", *words]) == 1
     said = capsys.readouterr().err

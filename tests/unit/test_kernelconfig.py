@@ -50,6 +50,15 @@ def test_there_is_a_fragment_for_each_transport_and_no_other() -> None:
     assert {path.stem for path in DIRECTORY.glob("*.config")} == BY_TRANSPORT.keys()
 
 
+def test_the_user_mode_linux_of_the_benchmarks_is_told_to_have_all_transports_built_in() -> None:
+    # Its build takes minutes; that it would lack a transport is seen here.
+    told = subprocess.run([DIRECTORY / "uml", "--options"], check=True, capture_output=True, text=True).stdout
+    for verdict in check(parse_config(told)):
+        assert verdict.possible, verdict
+        assert not verdict.modules
+    assert "CONFIG_HOSTFS=y\n" in told
+
+
 @TRANSPORTS
 def test_merge_config_of_old_kernels_takes_no_comment_for_an_option(needs: Needs) -> None:
     # Its expression up to 4.19: s/^\(# \)\{0,1\}\(CONFIG_[a-zA-Z0-9_]*\)[= ].*/\2/p

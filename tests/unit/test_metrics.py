@@ -234,6 +234,31 @@ def test_the_dashboard_has_an_expression_and_a_place_for_each_panel() -> None:
         assert panel["type"] == "row" or all(target["expr"] for target in panel["targets"]), panel["title"]
 
 
+def test_the_dashboard_has_the_shape_that_grafana_imports() -> None:
+    # Its "classic" model, as grafana.com/docs/grafana/latest describes it ("JSON model").
+    dashboard = json.loads((ROOT / "observability/grafana-dashboard.json").read_text())
+    assert dashboard.get("id") is None  # a number would be that of somebody else's dashboard
+    assert re.fullmatch(r"[\w-]{1,40}", dashboard["uid"])
+    assert dashboard["title"]
+    assert isinstance(dashboard["schemaVersion"], int)
+    assert {"from", "to"} <= dashboard["time"].keys()
+    variables = {one["name"]: one for one in dashboard["templating"]["list"]}
+    assert variables["datasource"]["type"] == "datasource"
+    ours = {"type": variables["datasource"]["query"], "uid": "${datasource}"}
+    assert [one["datasource"] for one in variables.values() if one["type"] == "query"] == [ours, ours]
+    for panel in dashboard["panels"]:
+        if panel["type"] == "row":
+            assert (panel["collapsed"], panel["panels"]) == (False, [])  # its panels come after it
+            continue
+        # All are in Grafana itself.
+        assert panel["type"] in ("stat", "state-timeline", "table", "timeseries", "heatmap"), panel["title"]
+        assert all(one["datasource"] == ours for one in [panel, *panel["targets"]]), panel["title"]
+        names = [target["refId"] for target in panel["targets"]]
+        assert len(set(names)) == len(names), panel["title"]
+        used = set(re.findall(r"\$\{?(\w+)", json.dumps(panel["targets"])))
+        assert used <= variables.keys() | {"__rate_interval"}, panel["title"]
+
+
 def test_the_ranges_of_pauses_are_those_that_alerts_ask_for() -> None:
     rules = (ROOT / "observability/storaged.rules.yml").read_text()
     asked = set(re.findall(r'pause_seconds_bucket\{le="([\d.]+)"', rules))

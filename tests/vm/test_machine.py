@@ -10,11 +10,25 @@ import pytest
 
 from tests.harness import Daemon, image, leftovers, mounted, reads, run
 
+TOP = Path(__file__).parents[2]
+
 
 def test_systemd_runs_it() -> None:
     assert Path("/proc/1/comm").read_text() == "systemd\n"
     done = run("systemctl", "is-system-running", "--wait", check=False)
     assert done.stdout == "running\n", run("systemctl", "--failed").stdout
+
+
+def test_the_service_is_shut_in_as_far_as_the_documentation_says() -> None:
+    stated = re.search(r"`systemd-analyze security storaged`: \*\*(\d+)\.(\d) ", (TOP / "docs/systemd.md").read_text())
+    assert stated is not None
+    unit = TOP / "systemd/storaged.service"
+    threshold = int(stated[1] + stated[2])
+    asked = ("systemd-analyze", "security", "--offline=yes", unit)
+    told = run(*asked, f"--threshold={threshold}", check=False)
+    assert told.returncode == 0, told.stdout[-200:]
+    # Or the threshold would say nothing.
+    assert run(*asked, f"--threshold={threshold - 10}", check=False).returncode != 0
 
 
 def test_it_has_no_network() -> None:

@@ -44,7 +44,7 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def throwaway(name: str, logs: Path = LAST, *, steady: bool = False) -> Iterator[Machine]:
+def throwaway(name: str, logs: Path = LAST, *, steady: bool = False, processors: int = 2) -> Iterator[Machine]:
     """Start a machine that lives as long as the block, and leave its logs in a directory."""
     runs = CACHE / "runs"
     runs.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def throwaway(name: str, logs: Path = LAST, *, steady: bool = False) -> Iterator
     with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=runs, ignore_cleanup_errors=True) as directory:
         machine = Machine(name, Path(directory), steady=steady)
         try:
-            machine.start(stays=False)
+            machine.start(stays=False, processors=processors)
             yield machine
         finally:
             machine.end()
@@ -174,12 +174,13 @@ def run(arguments: argparse.Namespace) -> int:
     # One word is a line for a shell, as with ssh; more are a command and its arguments.
     words = arguments.words
     line = words[0] if len(words) == 1 else shlex.join(words)
-    machine = None if arguments.steady else running(arguments.machine)
+    machine = None if arguments.steady or arguments.processors else running(arguments.machine)
     if machine is not None:
         with told(machine, machine.console):
             return perform(machine, ["/bin/bash", "-c", line], arguments)
     logs = CACHE / arguments.logs
-    with throwaway(arguments.machine, logs, steady=arguments.steady) as machine, told(machine, logs / "console.log"):
+    own = throwaway(arguments.machine, logs, steady=arguments.steady, processors=arguments.processors or 2)
+    with own as machine, told(machine, logs / "console.log"):
         return perform(machine, ["/bin/bash", "-c", line], arguments)
 
 
@@ -247,7 +248,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     ))
     parser.add_argument("--machine", choices=MACHINES, default=os.environ.get("MACHINE") or "trixie",
                         help="which Debian (default: $MACHINE, or trixie)")
-    parser.add_argument("--deadline", type=float, default=2400, metavar="SECONDS",
+    parser.add_argument("--deadline", type=float, default=3600, metavar="SECONDS",
                         help="how long a command may take; 0: for ever (default: %(default)s)")
     parser.add_argument("--logs", type=log_directory, default=LAST.name, metavar="NAME", help=(
         "leave the logs of a machine of its own in .cache/vm/NAME, where two run at a time (default: %(default)s)"
@@ -269,6 +270,9 @@ def parse(words: list[str]) -> argparse.Namespace:
     one.add_argument("-t", "--terminal", action="store_true", help="give it a terminal")
     one.add_argument("--steady", action="store_true", help=(
         "in a machine of its own whose clock counts instructions: the load of this one does not show in its figures"
+    ))
+    one.add_argument("--processors", type=int, choices=range(1, 9), metavar="N", help=(
+        "in a machine of its own with so many processors (default: 2)"
     ))
     one.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND", help="a line for bash, or words")
     one.set_defaults(function=run)
