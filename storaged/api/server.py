@@ -124,7 +124,7 @@ class Service(interface.StoragedInterface):
             snapshot=bool(snapshot), snapshot_dir=snapshot_dir, options=options or {}, persist=bool(persist),
             profile=profile,
         )
-        spec = spelled_out(spec, known if format else None)
+        spec = await self._manager.with_profile(spelled_out(spec, known if format else None))
         return self._describe(await self._manager.attach(spec, _deadline(timeout), _decoded(name, secrets or {})))
 
     @varlinkmethod(return_parameter="notes")

@@ -209,8 +209,11 @@ def _is_utf8(text: str) -> bool:
 def without_defaults(spec: VolumeSpec, further: Mapping[str, str]) -> VolumeSpec:
     """Return the spec without options that only repeat their default: the same wish, said in one way.
 
-    ``further`` are the defaults of the backend.
+    ``further`` are the defaults of the backend. With a profile a default is what keeps the profile's value away, also
+    where a client attaches what it was shown.
     """
+    if spec.profile is not None:
+        return spec
     defaults = {**DEFAULTS, **further}
     options = {key: value for key, value in spec.options.items() if defaults.get(key) != value}
     return msgspec.structs.replace(spec, options=options)

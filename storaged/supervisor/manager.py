@@ -153,13 +153,23 @@ class Manager:
         """Attach a volume, or wait for the one that was attached with the same wishes.
 
         ``secrets`` are those that the client handed over, by the option that says ``-`` for them.
+        What its profile says is in ``spec`` by now (:meth:`with_profile`).
         Raises VOLUME_EXISTS, with nothing changed, where the wishes differ.
         """
         spec, secrets = secrets_apart(spec, secrets)
-        if spec.profile is not None:
-            spec = await self._blocking("read the profile", 10, self._with_profile, spec)
         spec = self._checked(spec)
         check_secrets(spec, secrets)
+        return await self._attach_checked(spec, timeout, secrets)
+
+    async def with_profile(self, spec: VolumeSpec) -> VolumeSpec:
+        """Return the wishes of a client with what the profile that they name has for them. Raises INVALID_ARGUMENT."""
+        if spec.profile is None:
+            return spec
+        return await self._blocking("read the profile", 10, self._with_profile, spec)
+
+    async def _attach_checked(
+        self, spec: VolumeSpec, timeout: float | None, secrets: Mapping[str, bytes] = NO_SECRETS
+    ) -> Volume:
         patience = timeout or self.environment.config.attach_timeout
         while True:
             volume = self._volumes.get(spec.name)
@@ -229,7 +239,8 @@ class Manager:
             )
         if name not in self._volumes and name in self._files.detached:
             await self._mark(name, detached=False)
-            return await self.attach(self._files.volumes[name], None)
+            # Judged when they were read: to do so again would take what says a default for nothing said.
+            return await self._attach_checked(self._files.volumes[name], None)
         volume = self.get(name)
         if on and path is None:
             # A secret that somebody typed is not kept over reboots.

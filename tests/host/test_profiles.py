@@ -126,3 +126,27 @@ def test_a_volume_of_a_file_has_the_profile_of_each_boot(daemon: Daemon, place: 
     done = daemon.cli("daemon", "--reload")
     assert "detach, and reload again): a" in done.stderr
     assert daemon.show("a")["options"]["read-ahead-kb"] == "2048"
+
+
+def test_what_a_volume_says_against_its_profile_holds_however_often_it_is_attached(
+    daemon: Daemon, place: Path
+) -> None:
+    source = image(place / "a.raw", "raw")
+    profile(daemon, "[options]\ncache = 'unsafe'\ndiscard = 'ignore'\n")
+    files = Path(daemon.layout.volume_files)
+    files.mkdir(parents=True)
+    (files / "b.toml").write_text(f"source = '{source}'\nprofile = 'fast'\noptions = {{ cache = 'writeback' }}\n")
+    wanted = {"cache": "writeback", "discard": "ignore"}
+    assert daemon.cli("daemon", "--reload").stdout == "attaching: b\n"
+    eventually(lambda: daemon.online("b"), "it is attached")
+    assert daemon.show("b")["options"] == wanted
+    daemon.detach("b")
+    daemon.cli("persist", "b", "on")
+    assert daemon.show("b")["options"] == wanted
+    daemon.detach("b")
+    # A client that attaches what it was shown.
+    shown = daemon.attach("c", source, profile="fast", options={"cache": "writeback"})
+    again = {key: shown[key] for key in ("transport", "read_only", "options", "profile")}
+    assert daemon.attach("c", source, **again)["options"] == wanted
+    daemon.detach("c")
+    assert daemon.attach("c", source, **again)["options"] == wanted
