@@ -125,7 +125,8 @@ class FuseTransport(HostDevice):
         return Connected(device.path, device.diskseq, direct_io)
 
     async def disconnect(self, site: Site, record: Record, timeout: float) -> None:
-        """Flush, then LOOP_CLR_FD under an O_EXCL descriptor."""
+        """Flush, give the queue back, then LOOP_CLR_FD, under an O_EXCL descriptor: whoever gets the device next finds
+        it as it was."""
         device = self._loop(record)
         if device is None:
             return
@@ -134,11 +135,11 @@ class FuseTransport(HostDevice):
             await site.blocking(
                 "take the loop device away", timeout, loop.release, device, read_only=record.spec.read_only,
                 given_up=given_up,
+                before=lambda: queue.give_back(device.path, record.queue, attributes(record.spec)),
             )
         except BaseException:
             given_up.set()
             raise
-        await site.blocking("give the loop device back", timeout, _give_back, device, record)
 
     async def disconnect_by_force(
         self, site: Site, record: Record, timeout: float, *, flush: bool

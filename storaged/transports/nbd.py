@@ -190,21 +190,25 @@ class NbdTransport(HostDevice):
         await site.blocking("reconnect the NBD device", timeout, work)
 
     async def disconnect(self, site: Site, record: Record, timeout: float) -> None:
-        """Flush and disconnect under an O_EXCL descriptor."""
+        """Flush, give the queue back and disconnect, under an O_EXCL descriptor."""
         path, given_up = record.device, threading.Event()
         if path is None:
             return
+
+        def remove() -> None:
+            queue.give_back(path, record.queue, attributes(record.spec))
+            if not given_up.is_set():
+                nbd.disconnect(path, site.bus_name)
+
         try:
             await site.blocking(
                 "take the NBD device away", timeout, disk.remove_unused, path,
-                lambda: nbd.backend(path) == site.bus_name, lambda: nbd.disconnect(path, site.bus_name),
-                read_only=record.spec.read_only, given_up=given_up,
+                lambda: nbd.backend(path) == site.bus_name, remove, read_only=record.spec.read_only, given_up=given_up,
             )
         except BaseException:
             given_up.set()
             raise
         await site.blocking("see the NBD device go", timeout, nbd.wait_gone, path, site.bus_name)
-        await site.blocking("give the NBD device back", timeout, _give_back, path, record)
 
     async def disconnect_by_force(
         self, site: Site, record: Record, timeout: float, *, flush: bool

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
+import fcntl
+import os
 import tomllib
 from pathlib import Path
 
@@ -13,15 +17,17 @@ from hypothesis import strategies as st
 from storaged.__main__ import main
 from storaged.backends import BACKENDS
 from storaged.errors import ErrorCode
-from storaged.host import disk, queue, worker
+from storaged.host import disk, loop, queue, worker
+from storaged.host import nbd as host_nbd
+from storaged.host.blocking import BlockingCalls
 from storaged.model.layout import Layout
 from storaged.model.profile import applied, known_options, parse_profile, profile_text
 from storaged.model.record import Record
 from storaged.model.spec import COMMON_OPTIONS, VolumeSpec
 from storaged.store.profiles import profile_path, with_profile
-from storaged.transports import TRANSPORTS, check_transport, nbd
+from storaged.transports import TRANSPORTS, check_transport, fuse, nbd
 from storaged.transports import queue as queue_options
-from storaged.transports.base import iothread
+from storaged.transports.base import Site, iothread
 from tests.harness import error_of
 
 OF_TRANSPORTS = {key for transport in TRANSPORTS.values() for key in transport.options}
@@ -193,35 +199,70 @@ def test_the_io_thread_polls_for_as_long_as_was_said() -> None:
 
 
 class Kernel:
-    """Attributes of a device, of which some cannot be what is asked for."""
+    """Attributes of a device, of which some cannot be what is asked for, and some change along with others."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.values = {"queue/scheduler": "[none] bfq", "queue/nr_requests": "128", "queue/max_hw_sectors_kb": "1280",
-                       "queue/max_sectors_kb": "1280"}
+        self.values = {"queue/scheduler": "[none] bfq", "queue/nr_requests": "100", "queue/max_hw_sectors_kb": "1280",
+                       "queue/max_sectors_kb": "1280", "queue/read_ahead_kb": "4096"}
         self.written: list[str] = []
+        self.fails: dict[str, OSError] = {}
         monkeypatch.setattr(disk, "attribute", lambda path, name: self.values.get(name))
         monkeypatch.setattr(worker, "write", self.write)
 
     def write(self, path: str, text: str) -> None:
         name = path.removeprefix("/sys/block/loop9/")
         self.written.append(f"{name}={text}")
+        if name in self.fails:
+            raise self.fails[name]
         if name == "queue/scheduler":
             if text not in ("none", "bfq"):
-                raise OSError(22, "Invalid argument")
+                raise OSError(errno.EINVAL, "Invalid argument")
+            self.values["queue/nr_requests"] = "128" if text == "none" else "256"
             text = "[none] bfq" if text == "none" else "none [bfq]"
         if name == "queue/max_sectors_kb":
             text = str(min(int(text), 1280))
+            self.values["queue/read_ahead_kb"] = "128"
         self.values[name] = text
 
 
-def test_a_queue_gets_what_differs_and_is_given_back_in_the_other_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_queue_gets_what_differs_and_is_noted_before_anything_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = Kernel(monkeypatch)
     wanted = {"queue/scheduler": "bfq", "queue/max_sectors_kb": "1280", "queue/nr_requests": "64"}
-    former = queue.set_up("/dev/loop9", wanted)
-    assert former == {"queue/scheduler": "none", "queue/nr_requests": "128"}
+    assert queue.former("/dev/loop9", wanted) == {
+        "queue/scheduler": "none", "queue/max_sectors_kb": "1280", "queue/nr_requests": "100",
+        "queue/read_ahead_kb": "4096",
+    }
+    assert queue.set_up("/dev/loop9", wanted) == []
     assert kernel.written == ["queue/scheduler=bfq", "queue/nr_requests=64"]
+    # Once more, as after a daemon's death: nothing is left to do.
+    assert queue.set_up("/dev/loop9", wanted) == []
+    assert len(kernel.written) == 2
+
+
+@pytest.mark.parametrize("wanted", [
+    {"queue/scheduler": "bfq"}, {"queue/max_sectors_kb": "64"},
+    {"queue/scheduler": "bfq", "queue/max_sectors_kb": "64", "queue/nr_requests": "64", "queue/read_ahead_kb": "512"},
+    {"queue/nr_requests": "64"}, {"queue/max_sectors_kb": "64", "queue/read_ahead_kb": "4096"},
+])
+@pytest.mark.parametrize("cut_short", [0, 1, 9])
+def test_a_queue_is_given_back_with_what_the_kernel_changed_along_also_if_half_of_it_was_set(
+    monkeypatch: pytest.MonkeyPatch, wanted: dict[str, str], cut_short: int
+) -> None:
+    kernel = Kernel(monkeypatch)
+    before = dict(kernel.values)
+    former = queue.former("/dev/loop9", wanted)
+    queue.set_up("/dev/loop9", dict(list(wanted.items())[:cut_short]))
+    assert queue.is_given_back("/dev/loop9", former, wanted) == any(
+        former[name] != value for name, value in list(wanted.items())[cut_short:]
+    )
     queue.give_back("/dev/loop9", former, wanted)
-    assert kernel.written[2:] == ["queue/nr_requests=128", "queue/scheduler=none"]
+    assert kernel.values == before
+    assert queue.is_given_back("/dev/loop9", former, wanted)
+
+
+def site() -> Site:
+    """Of the volume."""
+    return Site("web1", "/nowhere", BlockingCalls("web1"), "/nowhere")
 
 
 def of_nbd(**options: str) -> Record:
@@ -253,25 +294,66 @@ def test_an_nbd_device_is_given_back_when_nobody_has_it_any_more(monkeypatch: py
 
 def test_what_somebody_else_has_set_since_is_not_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = Kernel(monkeypatch)
-    wanted = {"queue/scheduler": "bfq", "queue/nr_requests": "64"}
-    former = queue.set_up("/dev/loop9", wanted)
+    wanted = {"queue/max_sectors_kb": "64", "queue/nr_requests": "64"}
+    former = queue.former("/dev/loop9", wanted)
+    queue.set_up("/dev/loop9", wanted)
     kernel.values["queue/nr_requests"] = "32"
     queue.give_back("/dev/loop9", former, wanted)
     assert kernel.values["queue/nr_requests"] == "32"
-    assert kernel.values["queue/scheduler"] == "[none] bfq"
+    assert kernel.values["queue/max_sectors_kb"] == "1280"
+    # Whoever changed the scheduler has what the kernel made of the rest.
+    kernel.values |= {"queue/scheduler": "none [bfq]", "queue/nr_requests": "256"}
+    queue.give_back("/dev/loop9", {"queue/scheduler": "bfq", "queue/nr_requests": "9"}, {"queue/scheduler": "none"})
+    assert kernel.values["queue/nr_requests"] == "256"
 
 
 @pytest.mark.parametrize(("wanted", "cause", "hint"), [
-    ({"queue/nr_requests": "64", "queue/scheduler": "foo"}, "Invalid argument", "none, bfq"),
-    ({"queue/nr_requests": "64", "queue/max_sectors_kb": "9000"}, "it made 1280 of it", "at most 1280"),
+    ({"queue/scheduler": "foo", "queue/nr_requests": "64"}, "Invalid argument", "none, bfq"),
+    ({"queue/max_sectors_kb": "9000", "queue/nr_requests": "64"}, "it made 1280 of it", "at most 1280"),
 ])
-def test_what_the_kernel_does_not_take_is_refused_with_its_error_and_all_is_as_before(
+def test_what_the_kernel_does_not_take_is_told_with_its_error_and_the_rest_is_set(
     monkeypatch: pytest.MonkeyPatch, wanted: dict[str, str], cause: str, hint: str
 ) -> None:
     kernel = Kernel(monkeypatch)
+    kernel.values["queue/max_sectors_kb"] = "512"
     before = dict(kernel.values)
-    error = error_of(lambda: queue.set_up("/dev/loop9", wanted))
+    former = queue.former("/dev/loop9", wanted)
+    (error,) = queue.set_up("/dev/loop9", wanted)
     assert (error.code, error.cause) == (ErrorCode.INVALID_ARGUMENT, cause)
     assert hint in error.hint
     assert "/dev/loop9" in error.message
-    assert kernel.values == before
+    assert kernel.values["queue/max_sectors_kb"] == "512"
+    assert kernel.values["queue/nr_requests"] == "64"
+    queue.give_back("/dev/loop9", former, wanted)
+    assert kernel.values["queue/nr_requests"] == before["queue/nr_requests"]
+
+
+def test_a_write_whose_outcome_is_not_known_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel(monkeypatch)
+    kernel.fails["queue/nr_requests"] = OSError(errno.EOWNERDEAD, "the process that asked the kernel was killed")
+    error = error_of(lambda: queue.set_up("/dev/loop9", {"queue/nr_requests": "64"}))
+    assert (error.code, "was killed" in error.cause) == (ErrorCode.DEVICE_FAILED, True)
+
+
+def test_a_loop_device_is_given_back_flushed_and_before_anybody_can_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[object] = []
+    monkeypatch.setattr(loop, "is_bound", lambda device: "clear" not in done)
+    monkeypatch.setattr(disk, "open_alone", lambda *_, **__: os.open("/dev/null", os.O_RDONLY))
+    monkeypatch.setattr(disk, "flush", lambda fd, path: done.append("flush"))
+    monkeypatch.setattr(queue, "give_back", lambda path, former, made: done.append((former, made)))
+    monkeypatch.setattr(fcntl, "ioctl", lambda fd, request, *_: done.append("clear"))
+    record = msgspec.structs.replace(of_nbd(), transport="fuse", device="/dev/loop9")
+    asyncio.run(fuse.TRANSPORT.disconnect(site(), record, 5))
+    assert done == ["flush", ({"queue/nr_requests": "128"}, {"queue/nr_requests": "64"}), "clear"]
+
+
+def test_an_nbd_device_is_given_back_flushed_and_before_it_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[object] = []
+    monkeypatch.setattr(disk, "open_alone", lambda *_, **__: os.open("/dev/null", os.O_RDONLY))
+    monkeypatch.setattr(disk, "device_users", lambda path: [])
+    monkeypatch.setattr(disk, "flush", lambda fd, path: done.append("flush"))
+    monkeypatch.setattr(queue, "give_back", lambda path, former, made: done.append((former, made)))
+    monkeypatch.setattr(host_nbd, "disconnect", lambda path, name: done.append("disconnect"))
+    record = msgspec.structs.replace(of_nbd(), device="/dev/nbd9")
+    asyncio.run(nbd.TRANSPORT.disconnect(site(), record, 5))
+    assert done == ["flush", ({"queue/nr_requests": "128"}, {"queue/nr_requests": "64"}), "disconnect"]
