@@ -11,7 +11,7 @@ import pytest
 
 from storaged.errors import ErrorCode
 from storaged.host import disk
-from tests.harness import Daemon, eventually, image, refuses
+from tests.harness import Daemon, error_of, eventually, image, refuses
 
 FAST = 'transport = "fuse"\n[options]\ncache = "none"\nread-ahead-kb = 2048\nmax-sectors-kb = 64\nnr-requests = 64\n'
 
@@ -150,3 +150,15 @@ def test_what_a_volume_says_against_its_profile_holds_however_often_it_is_attach
     assert daemon.attach("c", source, **again)["options"] == wanted
     daemon.detach("c")
     assert daemon.attach("c", source, **again)["options"] == wanted
+
+
+def test_a_queue_is_set_again_where_a_detach_is_refused_in_the_last_moment(daemon: Daemon, place: Path) -> None:
+    device = daemon.device(
+        "a", image(place / "a.raw", "raw"), transport="fuse", options={"nr-requests": "37", "max-sectors-kb": "68"}
+    )
+    wanted = queue(device)
+    with open(device, "rb"):  # without O_EXCL: it is found out by taking the device away
+        assert error_of(lambda: daemon.detach("a")).code is ErrorCode.DEVICE_IN_USE
+        eventually(lambda: queue(device) == wanted, "it is as it was said")
+        assert daemon.online("a")
+    daemon.detach("a")
