@@ -40,8 +40,12 @@ LONGEST_WISHES = 32 * 1024
 CACHE_MODES = ("none", "writeback", "writethrough", "directsync", "unsafe")
 
 
-class VolumeSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One volume as wished for. Two attach requests mean the same when their specs are equal."""
+class VolumeSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One volume as wished for. Two attach requests mean the same when their specs are equal.
+
+    What is as by default is not stored, so that an older daemon, which forbids what it does not know, reads all volumes
+    that have nothing new. So no default may ever change.
+    """
 
     name: str
     source: str
