@@ -21,6 +21,8 @@ class Host:
     processors: int
     queue: Mapping[str, str]
     """/sys/block/X/queue, by the names of the attributes."""
+    polls: bool = True
+    """QSD has an I/O thread for the device."""
 
 
 def knobs(
@@ -59,8 +61,8 @@ def pinned(options: Set[str], queue: Mapping[str, str], settings: Mapping[str, s
             found[option] = value
     if (present := scheduler(queue)) and "[" in queue["scheduler"]:
         found["scheduler"] = present
-    if "scheduler" in settings:
-        # Each has a number of its own.
+    if settings.keys() & {"scheduler", "queue-size"}:
+        # Each has a number of its own (for virtio_blk, that of the virtqueue).
         found.pop("nr-requests", None)
     return {key: value for key, value in found.items() if key in options} | dict(settings)
 
@@ -95,7 +97,8 @@ def _all(said: Mapping[str, str], host: Host, jobs: Sequence[Job]) -> list[tuple
         (Knob("read-ahead-kb", str(read_ahead), _rising(read_ahead, (512, 2048, 8192, 32768)), rising=True),
          no_buffered),
         (Knob("read-ahead", "256K", ("1M", "4M", "16M"), rising=True), ""),
-        (Knob("poll-max-ns", "32768", ("0", "200000")), ""),
+        (Knob("poll-max-ns", "32768", ("0", "200000")),
+         "" if host.polls else "this qemu-storage-daemon has no I/O thread for the device"),
         (Knob("max-sectors-kb", str(sectors), tuple(
             str(size) for size in (128, 256, 512, 1024, 2048, 4096) if size != sectors and size <= largest
         )), no_large),

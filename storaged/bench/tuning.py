@@ -28,14 +28,19 @@ from storaged.bench.ways import Shop, Subject, Target
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import disk
 from storaged.model.spec import COMMON_OPTIONS
+from storaged.qsd.version import parse_version
 from storaged.transports import options_of
+from storaged.transports.nbd import has_iothread
 
 #: Seconds that devices are read before anything counts, at most.
 _WARM, _WORTH_WARMING = 0.5, 0.5
 #: A pair may take so much longer than the first look has taken for its half.
 _LONGER = 1.2
 #: Failures of an attach that say that the host is in trouble, and not that an option cannot be.
-_GRAVE = frozenset({ErrorCode.HOST_STUCK, ErrorCode.DAEMON_UNREACHABLE, ErrorCode.SOURCE_IN_USE})
+_GRAVE = frozenset({
+    ErrorCode.HOST_STUCK, ErrorCode.DAEMON_UNREACHABLE, ErrorCode.SOURCE_IN_USE, ErrorCode.DEVICE_IN_USE,
+    ErrorCode.NO_SPACE, ErrorCode.VOLUME_EXISTS,
+})
 _QUEUE = ("scheduler", "read_ahead_kb", "max_sectors_kb", "max_hw_sectors_kb", "nr_requests")
 
 
@@ -112,7 +117,9 @@ class Tuning(Session):
         """Decide what is tried. Raises INVALID_ARGUMENT where there is nothing, or no time for anything."""
         spec = subject.one.spec
         options = find_backend(spec.source).options.keys() | options_of(self.transport).keys()
-        host = Host(os.cpu_count() or 1, self.queue)
+        version = parse_version(f"version {self.volume.get('qsd_version')}")
+        polls = self.transport != "nbd" or version is None or has_iothread(version)
+        host = Host(os.cpu_count() or 1, self.queue, polls)
         found, notes = knobs(options, subject.options, host, self.jobs, unsafe=self.unsafe)
         if self.only:
             found = [knob for knob in found if knob.option in self.only]

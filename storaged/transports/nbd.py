@@ -24,10 +24,10 @@ from storaged.model.blockdev import DISK, EXPORT
 from storaged.model.plan import Device
 from storaged.model.record import Record
 from storaged.model.spec import VolumeSpec
-from storaged.qsd.version import Build
+from storaged.qsd.version import Build, QsdVersion
 from storaged.transports.base import IOTHREAD, Availability, Connected, HostDevice, Seen, Site, iothread
 from storaged.transports.needs import check_family, lacking, load_modules
-from storaged.transports.options import POLLING_OPTION, Number, number, polling
+from storaged.transports.options import POLLING, POLLING_OPTION, Number, number, polling
 from storaged.transports.queue import QUEUE_OPTIONS, attributes
 
 _CONNECTIONS = Number("connections; more than one is faster, and not safe when QSD hangs", 1, 16)
@@ -41,6 +41,11 @@ _MAX_SECTORS_KB = 1024
 SOCKET = "nbd.sock"
 #: Seconds that QSD may take for a handshake: it is on this host, and asks no storage.
 _HANDSHAKE_PATIENCE = 10.0
+
+
+def has_iothread(version: QsdVersion) -> bool:
+    """Whether the I/O has a thread of its own: QSD 7.2 aborts with one when the client disconnects."""
+    return version.major >= 10
 
 
 def nbd_socket(record: Record) -> str:
@@ -82,13 +87,20 @@ class NbdTransport(HostDevice):
 
     def settings(self, spec: VolumeSpec, build: Build) -> dict[str, int]:
         """The safe set, or what the user insists on."""
+        polls = has_iothread(build.version)
+        # Of a build without exports nothing is known. What auto took need not have all that was said.
+        if POLLING in spec.options and not polls and build.exports and spec.transport != "auto":
+            raise StoragedError(
+                ErrorCode.INVALID_ARGUMENT, f"option {POLLING} cannot be had by nbd here", volume=spec.name,
+                cause=f"qemu-storage-daemon {build.version} has no I/O thread of its own for it, 10.0 has",
+                hint="leave it out, or take another transport",
+            )
         return {
             "connections": number(spec, "connections", _CONNECTIONS, 1),
             "timeout": number(spec, "timeout", _TIMEOUT, 0),
             "dead-timeout": number(spec, "dead-timeout", _DEAD_TIMEOUT, 3600),
-            **polling(spec),
-            # QSD 7.2 with an iothread here aborts when the client disconnects.
-            "iothread": int(build.version.major >= 10),
+            **(polling(spec) if polls or not build.exports else {}),
+            "iothread": int(polls),
         }
 
     def claims(self, site: Site) -> tuple[str, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from storaged.backends import BACKENDS
@@ -51,6 +53,13 @@ def test_what_is_not_safe_is_tried_only_if_it_was_said() -> None:
     assert notes == []
 
 
+def test_qsd_without_an_io_thread_does_not_poll() -> None:
+    old = replace(HOST, polls=False)
+    found, notes = knobs(options("nbd", "rbd"), {}, old, READS, unsafe=False)
+    assert "poll-max-ns" not in [knob.option for knob in found]
+    assert any(note.startswith("poll-max-ns was not tried: ") for note in notes)
+
+
 def test_values_are_those_that_this_host_can_have() -> None:
     found, notes = knobs(options("vduse", "file"), {"cache": "none", "aio": "threads"}, HOST, READS, unsafe=False)
     values = {knob.option: knob.values for knob in found}
@@ -83,6 +92,10 @@ def test_a_measurement_says_all_of_the_queue_since_another_device_may_have_been_
     # Another scheduler brings its own.
     assert "nr-requests" not in pinned(of_fuse, queue, {"scheduler": "mq-deadline"})
     assert pinned(of_fuse, {"scheduler": "none", "read_ahead_kb": ""}, {}) == {}
+    # So does a longer virtqueue.
+    of_vduse = options_of("vduse").keys()
+    assert "nr-requests" in pinned(of_vduse, queue, {"queues": "2"})
+    assert "nr-requests" not in pinned(of_vduse, queue, {"queues": "2", "queue-size": "512"})
 
 
 def test_who_reads_through_the_page_cache_goes_over_the_disk_once() -> None:
