@@ -7,6 +7,7 @@ belongs to the volume. So the options that it may have are listed here. At an at
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable, Set
 from typing import Annotated, Any, Literal
@@ -31,6 +32,8 @@ _OF_BACKENDS = frozenset({
 })
 #: Of transports: it says whose the disk is, not how it is served.
 _NOT_OF_TRANSPORTS = frozenset({"socket-owner"})
+#: What can be written as a number, and is read as the same text.
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -114,10 +117,13 @@ def is_option(key: str) -> bool:
 
 def profile_text(transport: str, options: dict[str, str], comment: Iterable[str]) -> str:
     """Return a file of a profile, with lines of comment before it."""
-    quoted = msgspec.json.encode  # of texts, TOML's spelling
+    def quoted(text: str) -> str:
+        # JSON's spelling is TOML's, but for this one.
+        return msgspec.json.encode(text).decode().replace("\x7f", "\\u007f")
+
     lines = [f"# {line}".rstrip() for line in comment]
-    lines += [f"transport = {quoted(transport).decode()}"] if transport != "auto" else []
+    lines += [f"transport = {quoted(transport)}"] if transport != "auto" else []
     lines += ["", "[options]"]
     for key, value in options.items():
-        lines.append(f"{key} = {int(value) if value.isdecimal() else quoted(value).decode()}")
+        lines.append(f"{key} = {value if _NUMBER.fullmatch(value) else quoted(value)}")
     return "\n".join(lines) + "\n"

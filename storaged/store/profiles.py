@@ -8,9 +8,12 @@ from storaged.backends import find_backend
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host.configfiles import read_config
 from storaged.model.profile import SUFFIX, applied, check_fits, check_profile_name, parse_profile
-from storaged.model.spec import VolumeSpec
+from storaged.model.spec import VolumeSpec, check_length
 from storaged.model.volumefile import nearest
 from storaged.transports import TRANSPORTS, options_of
+
+#: Bytes; a profile has some hundreds.
+_LONGEST = 64 << 10
 
 
 def profile_path(directory: str, name: str) -> str:
@@ -50,6 +53,7 @@ def with_profile(spec: VolumeSpec, directory: str) -> VolumeSpec:
             )
         transport, options = read_profile(path)
         made = applied(spec, transport, options)
+        check_length(made)
         check_fits(made, options, find_backend(spec.source), options_of(made.transport).keys())
     except StoragedError as error:
         raise error.at(volume=spec.name) from None
@@ -59,5 +63,5 @@ def with_profile(spec: VolumeSpec, directory: str) -> VolumeSpec:
 def read_profile(path: str) -> tuple[str, dict[str, str]]:
     """Return the transport and the options of a profile's file. Blocks. Raises INVALID_ARGUMENT."""
     return parse_profile(
-        read_config(path), path, {key for transport in TRANSPORTS.values() for key in transport.options}
+        read_config(path, _LONGEST), path, {key for transport in TRANSPORTS.values() for key in transport.options}
     )
