@@ -95,6 +95,8 @@ class Search:
     """What was accepted and verified; empty: the defaults."""
     verification: Estimate | None = None
     verified_pairs: int = 0
+    unverified: str = ""
+    """Why the verification did not come to its end; empty if it did, or there was nothing to verify."""
     untried: list[str] = field(default_factory=list)
     """What there was no time for."""
     elapsed: float = 0.0
@@ -159,6 +161,9 @@ class Search:
 
     def _verify(self) -> Generator[Pair, Outcome, None]:
         """Measure the best against the defaults, with figures that had no say in its choice."""
+        if not self._has_time_for(PAIRS_OF_VERIFICATION):
+            self.unverified = "there was no time"
+            return
         ratios: list[float] = []
         for number in range(PAIRS_OF_VERIFICATION):
             outcome = yield Pair(
@@ -167,6 +172,7 @@ class Search:
             )
             self._note_time(outcome)
             if outcome.problem:
+                self.unverified = outcome.problem
                 return
             ratios.append(outcome.ratio)
         self.verification, self.verified_pairs = _estimate(ratios), len(ratios)

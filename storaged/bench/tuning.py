@@ -24,7 +24,7 @@ from storaged.bench.search import Outcome, Pair, Search, Step, least_budget
 from storaged.bench.session import Request, Session, lasting
 from storaged.bench.statistics import mean
 from storaged.bench.tunereport import Measured, TuneReport, changes_of, verification_of
-from storaged.bench.ways import Shop, Subject, Target
+from storaged.bench.ways import PATIENCE, Shop, Subject, Target
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import disk
 from storaged.model.spec import COMMON_OPTIONS
@@ -34,6 +34,8 @@ from storaged.transports.nbd import has_iothread
 
 #: Seconds that devices are read before anything counts, at most.
 _WARM, _WORTH_WARMING = 0.5, 0.5
+#: Seconds that an attach may take beyond the budget: the last ones of a search are its verification.
+_LEAST_PATIENCE = 5.0
 #: A pair may take so much longer than the first look has taken for its half.
 _LONGER = 1.2
 #: Failures of an attach that say that the host is in trouble, and not that an option cannot be.
@@ -147,6 +149,10 @@ class Tuning(Session):
     def _elapsed(self) -> float:
         return time.monotonic() - self._start
 
+    def _patience(self) -> float:
+        """Seconds for an attach: no more than are left, and enough for one that is nothing special."""
+        return min(PATIENCE, max(_LEAST_PATIENCE, self.budget - self._elapsed()))
+
     def _outcome(self, shop: Shop, subject: Subject, pair: Pair, run: Runner) -> Outcome:
         """Measure a pair. Raises StoragedError where what was measured before cannot be any more."""
         figures: dict[bool, dict[str, float]] = {}
@@ -156,7 +162,7 @@ class Tuning(Session):
                     shop, subject, pair.candidate if is_candidate else pair.against, run
                 )
             except StoragedError as error:
-                if not is_candidate or error.code in _GRAVE:
+                if not is_candidate or error.code in _GRAVE or self._elapsed() >= self.budget:
                     raise
                 return Outcome(self._elapsed(), problem=f"{error.message}: {error.cause}" if error.cause
                                else error.message)
@@ -168,7 +174,7 @@ class Tuning(Session):
         began, load = time.time(), os.getloadavg()[0]
         with shop.attached(
             replace(subject, options={**self._pinned(settings), **subject.options, **settings}), self.transport,
-            self.fio.engines,
+            self.fio.engines, self._patience(),
         ) as target:
             if target.size is not None:
                 check_size(self.jobs, target.size)

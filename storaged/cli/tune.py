@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from storaged.bench.jobs import JobSet
     from storaged.bench.session import Request
     from storaged.bench.tunereport import TuneReport
-    from storaged.bench.tuning import Tuning
 
 TRANSPORTS = ("auto", "vduse", "nbd", "fuse")
 _BUDGET = 900.0
@@ -140,9 +139,16 @@ def run(args: argparse.Namespace, layout: Layout, command: str) -> int:
     if session.search is None:
         note("interrupted before anything was tried")
         raise KeyboardInterrupt
-    made = session.told(partial)
+    if not partial and session.search.unverified:
+        partial = f"the best was not verified: {session.search.unverified}"
+    made, failed = session.told(partial), bool(partial)
     if args.write is not None and made.settings and not partial:
-        made = session.told(partial, _write_profile(session, made, layout, args.write))
+        try:
+            made = session.told(partial, _write_profile(made, layout, args.write))
+        except StoragedError as error:
+            # What took a quarter of an hour is told all the same.
+            render.failure(error)
+            failed = True
     from storaged.cli.tunetable import table
 
     render.write(table(made, args.write, command))
@@ -153,7 +159,7 @@ def run(args: argparse.Namespace, layout: Layout, command: str) -> int:
         write_atomic(absolute(args.json_file), encoded(made), mode=0o644)
     if interrupted:
         raise KeyboardInterrupt
-    return 1 if partial else 0
+    return 1 if failed else 0
 
 
 def _request(args: argparse.Namespace) -> Request:
@@ -188,7 +194,7 @@ def _refuse_profile(layout: Layout, name: str) -> None:
             hint="choose another name, or remove that file",
         )
     above = layout.profiles
-    while not os.path.exists(above):
+    while not os.path.lexists(above):
         above = os.path.dirname(above)
     if not os.path.isdir(above) or not os.access(above, os.W_OK):
         raise StoragedError(
@@ -197,9 +203,12 @@ def _refuse_profile(layout: Layout, name: str) -> None:
         )
 
 
-def _write_profile(session: Tuning, made: TuneReport, layout: Layout, name: str) -> str:
-    """Write what was found, and what was measured with it; return the path."""
-    from storaged.host.atomic import write_atomic
+def _write_profile(made: TuneReport, layout: Layout, name: str) -> str:
+    """Write what was found, and what was measured with it; return the path.
+
+    Raises INVALID_ARGUMENT, NO_SPACE, INTERNAL where that cannot be; what is there stays as it is.
+    """
+    from storaged.host.atomic import state_error, write_new
     from storaged.model.profile import known_options, profile_text
     from storaged.store.profiles import profile_path
     from storaged.transports import TRANSPORTS as ALL
@@ -217,8 +226,10 @@ def _write_profile(session: Tuning, made: TuneReport, layout: Layout, name: str)
         f"by {what}, of {made.source}",
         f"Linux {made.machine['kernel']}, QEMU {made.machine['qemu-storage-daemon']}",
     ]
-    _refuse_profile(layout, name)
     path = profile_path(layout.profiles, name)
-    os.makedirs(layout.profiles, mode=0o755, exist_ok=True)
-    write_atomic(path, profile_text(made.transport, options, map(render.clean, comment)).encode(), mode=0o644)
+    try:
+        os.makedirs(layout.profiles, mode=0o755, exist_ok=True)
+    except OSError as error:
+        raise state_error(path, error) from error
+    write_new(path, profile_text(made.transport, options, map(render.clean, comment)).encode(), mode=0o644)
     return path

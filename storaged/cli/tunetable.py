@@ -24,7 +24,7 @@ def table(report: TuneReport, wanted: str | None, command: str, width: int | Non
         lines.append(f"There was no time for {', '.join(report.untried)}: --budget gives more.")
     lines += [clean(note) for note in report.notes]
     if report.partial:
-        lines.append(f"PARTIAL: not all was tried: {clean(report.partial)}")
+        lines.append(f"PARTIAL: not all was done: {clean(report.partial)}")
     return "\n".join(lines).lstrip("\n")
 
 

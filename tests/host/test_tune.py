@@ -179,7 +179,7 @@ def test_an_interruption_takes_everything_down_and_reports_what_was_found(
     child.send_signal(signal.SIGINT)
     printed, said = child.communicate(timeout=60)
     assert child.returncode == 130, said
-    assert "PARTIAL: not all was tried: interrupted" in printed
+    assert "PARTIAL: not all was done: interrupted" in printed
     assert "The profile half was not written." in printed
     assert report(place)["partial"] == "interrupted"
     assert report(place)["settings"] == {}

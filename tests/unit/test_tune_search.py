@@ -192,3 +192,28 @@ def test_what_was_found_is_there_whenever_it_is_left() -> None:
     assert search.best == {"a": "1"}
     assert search.taken == {}
     assert [(step.option, step.value, step.accepted) for step in search.steps] == [("a", "1", True)]
+
+
+def test_a_verification_that_cannot_be_finished_is_told_and_nothing_is_taken() -> None:
+    class Breaking(Host):
+        def answer(self, pair: Pair) -> Outcome:
+            outcome = super().answer(pair)
+            return Outcome(outcome.elapsed, problem="it broke") if pair.what.startswith("the best") else outcome
+
+    search = run(Search(some(1, 1), 1e9, 1.0), Breaking(1, {("a", "1"): 2.0}))
+    assert (search.best, search.taken, search.verification) == ({"a": "1"}, {}, None)
+    assert search.unverified == "it broke"
+    assert run(Search(some(1, 1), 1e9, 1.0), Host(1, {("a", "1"): 2.0})).unverified == ""
+
+
+def test_a_verification_that_there_is_no_time_for_is_not_begun_and_told() -> None:
+    class Slowing(Host):
+        def answer(self, pair: Pair) -> Outcome:
+            self.now += 50.0 if len(self.pairs) == PAIRS - 1 else 0.0
+            return super().answer(pair)
+
+    host = Slowing(1, {("a", "1"): 2.0})
+    search = run(Search(some(1, 1), 60.0, 1.0), host)
+    assert (search.best, search.taken) == ({"a": "1"}, {})
+    assert "time" in search.unverified
+    assert not [pair for pair in host.pairs if pair.what.startswith("the best")]
