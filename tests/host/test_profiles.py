@@ -157,6 +157,7 @@ def test_a_queue_is_set_again_where_a_detach_is_refused_in_the_last_moment(daemo
         "a", image(place / "a.raw", "raw"), transport="fuse", options={"nr-requests": "37", "max-sectors-kb": "68"}
     )
     wanted = queue(device)
+    assert (wanted["nr_requests"], wanted["max_sectors_kb"]) == ("37", "68")
     with open(device, "rb"):  # without O_EXCL: it is found out by taking the device away
         assert error_of(lambda: daemon.detach("a")).code is ErrorCode.DEVICE_IN_USE
         eventually(lambda: queue(device) == wanted, "it is as it was said")
