@@ -87,7 +87,6 @@ def _attach(args: argparse.Namespace) -> int:
         "snapshot": args.snapshot or None,
         "snapshot_dir": absolute(args.snapshot_dir) if args.snapshot_dir else None,
         "options": {key: absolute_option(key, value) for key, value in options.items()} or None,
-        "profile": args.profile,
         "persist": args.persist or None,
         "timeout": args.timeout,
         "secrets": given_secrets(args.name, options) or None,
@@ -318,12 +317,6 @@ def _bench(args: argparse.Namespace) -> int:
     return bench.run(args, layout_of(args), _command(args))
 
 
-def _tune(args: argparse.Namespace) -> int:
-    from storaged.cli import tune
-
-    return tune.run(args, layout_of(args), _command(args))
-
-
 def _reload(args: argparse.Namespace) -> int:
     with _client(args) as client:
         changed = _field(client.call("Reload", timeout=_QUICK), "reloaded", dict)
@@ -352,22 +345,22 @@ def _reload(args: argparse.Namespace) -> int:
 
 def _config(args: argparse.Namespace) -> int:
     if args.action == "schema":
-        from storaged.cli.volumefiles import schema_of
+        from storaged.model.config import schema
 
-        render.write_json(schema_of(args.file))
+        render.write_json(schema())
         return 0
     from dataclasses import asdict
 
-    from storaged.cli.volumefiles import check_below, files_below
+    from storaged.cli.volumefiles import check_volume_file, volume_files
     from storaged.host.configfiles import check_config, config_files
 
     layout, named = layout_of(args), absolute(args.config) if args.config else None
-    below = files_below(layout) if named is None else []
-    if named and (found := check_below(named)) is not None:
-        files, problems = [named], found
+    if named and os.path.basename(os.path.dirname(named)) == "volumes":
+        files, problems = [named], check_volume_file(named)
     else:
-        files = config_files(layout, named) + below
-        problems = check_config(layout, named)[1] + [wrong for path in below for wrong in check_below(path) or []]
+        volumes = [] if named else volume_files(layout)
+        files = config_files(layout, named) + volumes
+        problems = check_config(layout, named)[1] + [wrong for path in volumes for wrong in check_volume_file(path)]
     if args.json:
         render.write_json([asdict(problem) for problem in problems])
     elif problems:
@@ -420,7 +413,6 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "resume": _resume,
     "show": _show,
     "shutdown": _shutdown,
-    "tune": _tune,
     "upgrade": _upgrade,
     "wait": _wait,
     "watch": _watch,
