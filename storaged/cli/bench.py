@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from storaged.cli import progress, render
+from storaged.cli import progress, render, signals
 from storaged.cli.paths import absolute, absolute_option, absolute_source
 from storaged.errors import ErrorCode, StoragedError
 from storaged.model.formats import Format
@@ -267,12 +267,5 @@ def _interruptible() -> Iterator[None]:
             interrupted.set()
             raise KeyboardInterrupt
 
-    before = {
-        number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        if signal.getsignal(number) is not signal.SIG_IGN  # nohup(1)
-    }
-    try:
+    with signals.handled(interrupt, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

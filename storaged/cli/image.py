@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from storaged.cli import progress, render
+from storaged.cli import progress, render, signals
 from storaged.cli.paths import absolute, absolute_option, absolute_source
 from storaged.errors import ErrorCode, StoragedError
 from storaged.model.formats import Format
@@ -222,15 +222,8 @@ def _interruptible() -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = {
-        number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)
-        if signal.getsignal(number) is not signal.SIG_IGN  # nohup(1)
-    }
-    try:
+    with signals.handled(interrupt, signal.SIGTERM, signal.SIGHUP):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _config(layout: Layout) -> Config:

@@ -8,11 +8,8 @@ import subprocess
 from collections.abc import Sequence
 
 from storaged.errors import ErrorCode, StoragedError
-from storaged.host.protection import NO_CORE
+from storaged.host import protection
 from storaged.images.provide import Provided
-
-# Programs of util-linux, each of which executes what follows it.
-_GUARDS = (("prlimit", f"--core={NO_CORE}:{NO_CORE}", "--"), ("setpriv", "--pdeathsig", "KILL", "--"))
 
 
 def start(line: Sequence[str], given: Provided, *, stdout: int, stderr: int, keep: Sequence[int] = ()) -> (
@@ -21,20 +18,22 @@ def start(line: Sequence[str], given: Provided, *, stdout: int, stderr: int, kee
     """Start a program with all that was provided for it; ``keep`` are further descriptors that it inherits.
 
     It dies with this process, even if that is killed (PR_SET_PDEATHSIG, by setpriv(1)). It writes no core: secrets are
-    in its memory, and the limit is there before it reads them (prlimit(1)). Raises QSD_MISSING.
+    in its memory, and the limit is there before it reads them. Raises QSD_MISSING.
     """
-    guard = [
-        word for program, *options in _GUARDS if (path := shutil.which(program)) for word in (path, *options)
-    ]
+    setpriv = shutil.which("setpriv")
+    guard = [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []
     try:
-        return subprocess.Popen(
-            [*guard, *line], stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, cwd=given.directory,
-            env=given.environment, pass_fds=[*keep, *given.inherited],
-            # No signal of the terminal reaches it: it is ended here, and what it leaves is cleaned up.
-            start_new_session=True,
-        )
+        with protection.without_core():
+            child = subprocess.Popen(
+                [*guard, *line], stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, cwd=given.directory,
+                env=given.environment, pass_fds=[*keep, *given.inherited],
+                # No signal of the terminal reaches it: it is ended here, and what it leaves is cleaned up.
+                start_new_session=True,
+            )
     except OSError as error:
         raise StoragedError(
             ErrorCode.QSD_MISSING, f"cannot execute {os.path.basename(line[0])}", cause=error.strerror or str(error),
             hint="apt install qemu-utils",
         ) from error
+    protection.write_no_core(child.pid)
+    return child
