@@ -17,9 +17,18 @@ WRITES = f"{JOBS}[writes]\nrw=randwrite\nbs=4k\nfsync=1\n"
 
 def bench(daemon: Daemon, *words: object) -> Printed:
     """``storaged --root ROOT bench WORDS`` in this process."""
+    return _command(daemon, "bench", *words)
+
+
+def tune(daemon: Daemon, *words: object) -> Printed:
+    """The same with ``tune``."""
+    return _command(daemon, "tune", *words)
+
+
+def _command(daemon: Daemon, *words: object) -> Printed:
     out, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-        status = main(["--root", str(daemon.root), "bench", *map(str, words)])
+        status = main(["--root", str(daemon.root), *map(str, words)])
     return Printed(status, out.getvalue(), errors.getvalue())
 
 

@@ -75,8 +75,9 @@ class Volume:
 
     layers are the images that were opened, the disk first; there are none before it is open.
     A volume for a virtual machine has a socket in place of a device. qsd_confinement says what its QSD was left of the
-    host. deaths is how often its QSD has died, paused for how many seconds I/O waited at the last recovery. history has
-    the newest last; only Show tells it. file is what wishes for the volume at each boot, if there is one.
+    host. profile is where some of the options came from. deaths is how often its QSD has died, paused for how many
+    seconds I/O waited at the last recovery. history has the newest last; only Show tells it. file is what wishes for
+    the volume at each boot, if there is one.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Volume:
     snapshot: bool
     persist: bool
     options: dict[str, str]
+    profile: str | None
     state: str
     since: float
     device: str | None
@@ -226,10 +228,12 @@ class StoragedInterface(VarlinkInterface):
         persist: bool | None = None,
         timeout: float | None = None,
         secrets: dict[str, str] | None = None,
+        profile: str | None = None,
     ) -> Volume:
         """Attach a volume and wait until its device can be used, at most timeout seconds.
 
-        secrets are in base64, by the option whose value is "-".
+        profile names a file of options, which count where nothing else is said here. secrets are in base64, by the
+        option whose value is "-".
         """
         raise NotImplementedError
 

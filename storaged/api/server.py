@@ -109,6 +109,7 @@ class Service(interface.StoragedInterface):
         persist: bool | None = None,
         timeout: float | None = None,
         secrets: dict[str, str] | None = None,
+        profile: str | None = None,
     ) -> interface.Volume:
         """Attach a volume and wait until its device can be used, at most timeout seconds."""
         try:
@@ -121,8 +122,9 @@ class Service(interface.StoragedInterface):
         spec = VolumeSpec(
             name=name, source=source, format=known, transport=transport or "auto", read_only=bool(read_only),
             snapshot=bool(snapshot), snapshot_dir=snapshot_dir, options=options or {}, persist=bool(persist),
+            profile=profile,
         )
-        spec = spelled_out(spec, known if format else None)
+        spec = await self._manager.with_profile(spelled_out(spec, known if format else None))
         return self._describe(await self._manager.attach(spec, _deadline(timeout), _decoded(name, secrets or {})))
 
     @varlinkmethod(return_parameter="notes")
@@ -228,7 +230,8 @@ class Service(interface.StoragedInterface):
             transport=record.transport if record else spec.transport,
             transport_reason=record.transport_reason if record else "",
             read_only=spec.read_only, snapshot=spec.snapshot, persist=spec.persist, options=dict(spec.options),
-            state=volume.state.value, since=volume.since, device=record.device if record else None,
+            profile=spec.profile, state=volume.state.value, since=volume.since,
+            device=record.device if record else None,
             socket=record.socket if record else None,
             link=layout.link(spec.name) if volume.seen.linked and record and record.device else None,
             size=(record.size or None) if record else None,

@@ -59,7 +59,7 @@ def words(job: Job, target: Sequence[str], runtime: float, leave: Leave | None) 
         "--thread=1", "--group_reporting=1",
         # Reads and writes of a mixed job count together. (Of others it would hide how long flushes took.)
         *(["--unified_rw_reporting=mixed"] if job.is_mixed else []),
-        "--time_based=1", f"--runtime={max(1, round(runtime * 1000))}ms",
+        *([] if job.ends_with_disk else ["--time_based=1"]), f"--runtime={max(1, round(runtime * 1000))}ms",
         # Blocks of its own choice in each run, and no map of those that it had.
         "--randrepeat=0", "--norandommap=1",
         "--allow_file_create=0", "--invalidate=1", "--fallocate=none", "--create_on_open=0",

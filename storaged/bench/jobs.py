@@ -37,6 +37,7 @@ OPTIONS = {
     "thinktime": _NUMBER,
     "buffer_compress_percentage": _NUMBER,
     "refill_buffers": "[01]",
+    "direct": "[01]",
 }
 _SYNONYMS = {"readwrite": "rw", "blocksize": "bs"}
 _MOST = {"iodepth": 4096, "numjobs": 128}
@@ -62,6 +63,16 @@ class Job:
     def is_mixed(self) -> bool:
         """Whether it reads and writes."""
         return self.options["rw"] in ("rw", "readwrite", "randrw")
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether it passes the page cache by, as all do but those that say otherwise."""
+        return self.options.get("direct") != "0"
+
+    @property
+    def ends_with_disk(self) -> bool:
+        """Whether it goes over the disk once at most: the second time it would measure the page cache."""
+        return not self.is_direct and not self.options["rw"].startswith("rand")
 
     @property
     def block(self) -> int:
@@ -125,6 +136,17 @@ _FULL = (
 )
 #: By name. The numbers of rounds are even: each way is then as often before another as behind it.
 SETS = {"quick": JobSet("quick", _QUICK, 2.0, 4), "full": JobSet("full", _FULL, 5.0, 6)}
+
+#: What ``storaged tune`` measures; read-ahead shows with who reads in order through the page cache, and nowhere else.
+TUNING = JobSet("quick", (
+    _job("1M linear read, QD 16", rw="read", bs="1M", iodepth=16),
+    _job("128k linear read, page cache", rw="read", bs="128k", iodepth=1, direct=0),
+    _job("4k random read, QD 1", rw="randread", bs="4k", iodepth=1),
+    _job("4k random read, QD 128", rw="randread", bs="4k", iodepth=128),
+    _job("1M linear write, QD 16", rw="write", bs="1M", iodepth=16),
+    _job("4k random write, QD 1", rw="randwrite", bs="4k", iodepth=1),
+    _job("4k random write, QD 128", rw="randwrite", bs="4k", iodepth=128),
+), 1.0, 1)
 
 
 def jobs_of_file(text: str, path: str) -> JobSet:

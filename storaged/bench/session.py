@@ -92,18 +92,21 @@ class Session:
             shop = Shop(self.layout, self.config, place, self.command)
             try:
                 with contextlib.ExitStack() as stack:
-                    ways, leave = self._ways(shop, stack)
-                    plan = Plan(ways, self.jobs, self.request.runtime, self.request.repeat, leave)
-                    self.display.note(
-                        f"{len(self.jobs)} jobs by {', '.join(way.name for way in ways)}, {plan.rounds} rounds: about "
-                        f"{_lasting(plan.seconds)}"
-                    )
-                    self.notes += facts.notes_on_host()
-                    self.began = time.time()
-                    measure.measure(plan, measure.runner(self.fio, place.path), self.found, self.display.tell)
+                    self._measure(shop, stack)
             finally:
                 for failure in shop.clear():
                     self.display.note(failure)
+
+    def _measure(self, shop: Shop, stack: contextlib.ExitStack) -> None:
+        ways, leave = self._ways(shop, stack)
+        plan = Plan(ways, self.jobs, self.request.runtime, self.request.repeat, leave)
+        self.display.note(
+            f"{len(self.jobs)} jobs by {', '.join(way.name for way in ways)}, {plan.rounds} rounds: about "
+            f"{lasting(plan.seconds)}"
+        )
+        self.notes += facts.notes_on_host()
+        self.began = time.time()
+        measure.measure(plan, measure.runner(self.fio, shop.place.path), self.found, self.display.tell)
 
     def result(self, partial: str) -> Report:
         """Return what was measured; ``partial`` says why not all was."""
@@ -165,9 +168,17 @@ class Session:
 
     def _ways(self, shop: Shop, stack: contextlib.ExitStack) -> tuple[list[Way], Leave | None]:
         """Return the ways in their order, and why the disk may be overwritten, if it may."""
-        request = self.request
-        needs_daemon = request.ways is None or set(request.ways) != {report.DIRECT}
-        leave = None
+        needs_daemon = self.request.ways is None or set(self.request.ways) != {report.DIRECT}
+        request, leave = self._prepare(shop, stack, needs_daemon=needs_daemon)
+        if request.scratch is None and (volume := self._volume(shop, needs_daemon)) is not None:
+            return self._ways_of_volume(shop, volume, leave), leave
+        return self._ways_of_source(shop, self._locked(request, leave, stack)), leave
+
+    def _prepare(
+        self, shop: Shop, stack: contextlib.ExitStack, *, needs_daemon: bool
+    ) -> tuple[Request, Leave | None]:
+        """Make an image where one is wanted; return what is measured, and why it may be overwritten, if it may."""
+        request, leave = self.request, None
         if request.scratch is not None:
             for left in scratch.leftovers(shop, request.source):
                 self.display.note(left)
@@ -180,14 +191,16 @@ class Session:
         if needs_daemon:
             for left in shop.leftovers():
                 self.display.note(left)
-        if request.scratch is None and (volume := self._volume(shop, needs_daemon)) is not None:
-            return self._ways_of_volume(shop, volume, leave), leave
+        return request, leave
+
+    def _locked(self, request: Request, leave: Leave | None, stack: contextlib.ExitStack) -> Subject:
+        """The source, which nobody else writes to from now on, where that can be had."""
         subject = self._subject(request, leave)
         path = subject.one.local_path
         if path is not None and leave is None and os.path.exists(path):
             # QEMU lets others write to a raw image that it only reads: so nobody does, as long as it is measured.
             stack.callback(os.close, imagelock.take(path, write=False))
-        return self._ways_of_source(shop, subject), leave
+        return subject
 
     def _volume(self, shop: Shop, needs_daemon: bool) -> dict[str, Any] | None:
         """Return the attached volume of that name, if there is one. Raises INVALID_ARGUMENT where it may be a file."""
@@ -284,5 +297,6 @@ def _place(way: str) -> int:
     return WAYS.index(way) if way in WAYS else len(WAYS)
 
 
-def _lasting(seconds: float) -> str:
+def lasting(seconds: float) -> str:
+    """A time as people say it."""
     return f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"

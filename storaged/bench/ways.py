@@ -29,7 +29,7 @@ from storaged.model.layout import Layout
 #: What the names of all volumes of a benchmark begin with.
 PREFIX = "storaged-bench-"
 #: Seconds for an attach, and for a detach before force is used.
-_PATIENCE = 60.0
+PATIENCE = 60.0
 #: Seconds that the daemon may answer late: it keeps the deadline itself, and then cleans up.
 _GRACE = 15.0
 #: Settings of a queue that are told.
@@ -93,7 +93,7 @@ class Shop:
         """What tells this benchmark from others that run now: the name of its workspace."""
         return os.path.basename(self.place.path)
 
-    def call(self, method: str, parameters: dict[str, Any] | None = None, timeout: float = _PATIENCE) -> dict[str, Any]:
+    def call(self, method: str, parameters: dict[str, Any] | None = None, timeout: float = PATIENCE) -> dict[str, Any]:
         """One call to the daemon, on a connection of its own."""
         with Client(self.layout.socket, command=self.command) as client:
             return client.call(method, parameters, timeout + _GRACE)
@@ -137,21 +137,26 @@ class Shop:
     # Devices -----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def attached(self, subject: Subject, transport: str, known: frozenset[str]) -> Iterator[Target]:
-        """Attach the source as a volume of its own, never persisted, and detach it in the end."""
+    def attached(
+        self, subject: Subject, transport: str, known: frozenset[str], patience: float = PATIENCE
+    ) -> Iterator[Target]:
+        """Attach the source as a volume of its own, never persisted, and detach it in the end.
+
+        The attach may take ``patience`` seconds.
+        """
         name = f"{PREFIX}{self.id}-{transport}"
         # From here on it may be there, whatever becomes of the answer.
         self._names.add(name)
         try:
             wishes: dict[str, Any] = {
                 "name": name, "source": subject.source, "format": str(subject.one.spec.format), "transport": transport,
-                "options": dict(subject.options), "timeout": _PATIENCE,
+                "options": dict(subject.options), "timeout": patience,
             }
             if subject.leave is None:
                 wishes["read_only"] = True
             if subject.secrets:
                 wishes["secrets"] = dict(subject.secrets)
-            volume = self.call("Attach", wishes)["volume"]
+            volume = self.call("Attach", wishes, patience)["volume"]
             with self.held(volume, known) as target:
                 yield target
         except BaseException:
@@ -190,7 +195,7 @@ class Shop:
     def detach(self, name: str) -> None:
         """Take a volume of this benchmark away, by force if it hangs. Raises DEVICE_IN_USE where somebody uses it."""
         try:
-            self.call("Detach", {"name": name, "timeout": _PATIENCE})
+            self.call("Detach", {"name": name, "timeout": PATIENCE})
         except StoragedError as error:
             if error.code is ErrorCode.DEVICE_IN_USE:
                 # Not ours to take from them.
@@ -198,7 +203,7 @@ class Shop:
                 error.hint = f"the benchmark's volume stays; when nobody uses it: {self.command} detach {name}"
                 raise
             if error.code is not ErrorCode.NO_SUCH_VOLUME:
-                self.call("Detach", {"name": name, "timeout": _PATIENCE, "force": True})
+                self.call("Detach", {"name": name, "timeout": PATIENCE, "force": True})
         self._names.discard(name)
 
     def clear(self) -> list[str]:

@@ -69,7 +69,7 @@ def add_parser(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--jobs", metavar="quick|full|FILE", default="quick", help="what fio does (default: quick)")
     command.add_argument(
-        "--runtime", metavar="SECONDS", type=_runtime, help="of each job in each round (default: quick 2, else 5)"
+        "--runtime", metavar="SECONDS", type=seconds_of_job, help="of each job in each round (default: quick 2, else 5)"
     )
     command.add_argument(
         "--repeat", metavar="N", type=_repeat, help="rounds (default: full 6, else 4; one tells nothing of the spread)"
@@ -97,7 +97,8 @@ def _ways(text: str) -> list[str]:
     return found
 
 
-def _runtime(text: str) -> float:
+def seconds_of_job(text: str) -> float:
+    """Understand a time for which a job runs."""
     try:
         seconds = float(text)
     except ValueError:
@@ -132,7 +133,7 @@ def run(args: argparse.Namespace, layout: Layout, command: str) -> int:
     from storaged.host.configfiles import load_config
 
     for path in filter(None, (args.json_file, args.html_file, args.svg_file, args.png_file)):
-        _refuse_unwritable(path)
+        refuse_unwritable(path)
     if args.png_file:
         pixels.find_converter()
     request = _request(args)
@@ -144,7 +145,7 @@ def run(args: argparse.Namespace, layout: Layout, command: str) -> int:
     session = Session(request, layout, load_config(layout, None), command, Display(bar.at_doing, note))
     partial = ""
     try:
-        with _interruptible():
+        with interruptible():
             session.run()
     except KeyboardInterrupt:
         partial = "interrupted"
@@ -176,7 +177,7 @@ def _request(args: argparse.Namespace) -> Request:
     from storaged.model.sizes import parse_size
 
     options = {key: absolute_option(key, value) for key, value in args.options.items()}
-    jobs = _job_set(args.jobs)
+    jobs = job_set(args.jobs)
     return Request(
         source=absolute_source(args.source), name=args.source, format=Format(args.format) if args.format else None,
         options=options, secrets=given_secrets(args.source, options), ways=args.transports, job_set=jobs,
@@ -185,7 +186,8 @@ def _request(args: argparse.Namespace) -> Request:
     )
 
 
-def _job_set(name: str) -> JobSet:
+def job_set(name: str) -> JobSet:
+    """The jobs of that name, or of a file."""
     from storaged.bench.jobs import SETS, jobs_of_file
 
     if name in SETS:
@@ -203,7 +205,7 @@ def _read(path: str, hint: str) -> bytes:
         ) from error
 
 
-def _refuse_unwritable(path: str) -> None:
+def refuse_unwritable(path: str) -> None:
     """Before it is measured for half an hour."""
     directory = os.path.dirname(absolute(path))
     if not os.path.isdir(directory) or not os.access(directory, os.W_OK) or os.path.isdir(path):
@@ -257,7 +259,7 @@ def _compare(paths: list[str]) -> int:
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """SIGINT, SIGTERM and SIGHUP end it once; while it cleans up then, a second one is not listened to."""
     interrupted = threading.Event()
 

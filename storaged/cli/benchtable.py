@@ -48,7 +48,7 @@ def table(report: Report, width: int | None = None) -> str:
         f"±: interval of 95 % of {report.repeat} rounds of {report.runtime:g} s; P: latency of a request (of the flush "
         f"where each write is flushed); CPU/IO: µs of a processor for each request, {' + '.join(CONSUMERS)}"
     )
-    return "\n".join([_drawn(rows, terminal_width() if width is None else width), "", legend, *notes])
+    return "\n".join([drawn(rows, terminal_width() if width is None else width), "", legend, *notes])
 
 
 def comparison(changes: Sequence[Change], differences: Sequence[str], width: int | None = None) -> str:
@@ -64,11 +64,14 @@ def comparison(changes: Sequence[Change], differences: Sequence[str], width: int
     notes = [f"not the same: {clean(difference)}" for difference in differences]
     if any(not change.ratio.tells_a_difference for change in changes):
         notes.append(UNTOLD)
-    return "\n".join([_drawn(rows, terminal_width() if width is None else width), "", *notes]).rstrip()
+    return "\n".join([drawn(rows, terminal_width() if width is None else width), "", *notes]).rstrip()
 
 
-def _drawn(rows: Sequence[Mapping[str, str]], width: int) -> str:
-    """Draw the rows under their titles. What does not fit is left out, and never cut in the middle of a figure."""
+def drawn(rows: Sequence[Mapping[str, str]], width: int, left: Sequence[str] = ("JOB", "WAY")) -> str:
+    """Draw the rows under their titles; those of ``left`` begin at one column, the others end there.
+
+    What does not fit is left out, and never cut in the middle of a figure.
+    """
     from rich.console import Console
     from rich.measure import Measurement
     from rich.table import Table
@@ -78,8 +81,8 @@ def _drawn(rows: Sequence[Mapping[str, str]], width: int) -> str:
     for expendable in (None, *_EXPENDABLE):
         titles = [title for title in titles if title != expendable]
         grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
-        for place, title in enumerate(titles):
-            grid.add_column(title, justify="left" if place < 2 else "right", no_wrap=True)
+        for title in titles:
+            grid.add_column(title, justify="left" if title in left else "right", no_wrap=True)
         for row in rows:
             grid.add_row(*(row[title] for title in titles))
         if Measurement.get(console, console.options, grid).maximum <= width:

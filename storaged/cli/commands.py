@@ -87,6 +87,7 @@ def _attach(args: argparse.Namespace) -> int:
         "snapshot": args.snapshot or None,
         "snapshot_dir": absolute(args.snapshot_dir) if args.snapshot_dir else None,
         "options": {key: absolute_option(key, value) for key, value in options.items()} or None,
+        "profile": args.profile,
         "persist": args.persist or None,
         "timeout": args.timeout,
         "secrets": given_secrets(args.name, options) or None,
@@ -317,6 +318,12 @@ def _bench(args: argparse.Namespace) -> int:
     return bench.run(args, layout_of(args), _command(args))
 
 
+def _tune(args: argparse.Namespace) -> int:
+    from storaged.cli import tune
+
+    return tune.run(args, layout_of(args), _command(args))
+
+
 def _reload(args: argparse.Namespace) -> int:
     with _client(args) as client:
         changed = _field(client.call("Reload", timeout=_QUICK), "reloaded", dict)
@@ -345,22 +352,22 @@ def _reload(args: argparse.Namespace) -> int:
 
 def _config(args: argparse.Namespace) -> int:
     if args.action == "schema":
-        from storaged.model.config import schema
+        from storaged.cli.volumefiles import schema_of
 
-        render.write_json(schema())
+        render.write_json(schema_of(args.file))
         return 0
     from dataclasses import asdict
 
-    from storaged.cli.volumefiles import check_volume_file, volume_files
+    from storaged.cli.volumefiles import check_below, files_below
     from storaged.host.configfiles import check_config, config_files
 
     layout, named = layout_of(args), absolute(args.config) if args.config else None
-    if named and os.path.basename(os.path.dirname(named)) == "volumes":
-        files, problems = [named], check_volume_file(named)
+    below = files_below(layout) if named is None else []
+    if named and (found := check_below(named)) is not None:
+        files, problems = [named], found
     else:
-        volumes = [] if named else volume_files(layout)
-        files = config_files(layout, named) + volumes
-        problems = check_config(layout, named)[1] + [wrong for path in volumes for wrong in check_volume_file(path)]
+        files = config_files(layout, named) + below
+        problems = check_config(layout, named)[1] + [wrong for path in below for wrong in check_below(path) or []]
     if args.json:
         render.write_json([asdict(problem) for problem in problems])
     elif problems:
@@ -413,6 +420,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "resume": _resume,
     "show": _show,
     "shutdown": _shutdown,
+    "tune": _tune,
     "upgrade": _upgrade,
     "wait": _wait,
     "watch": _watch,

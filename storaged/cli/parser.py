@@ -6,7 +6,7 @@ import argparse
 import math
 
 import storaged
-from storaged.cli import bench, image
+from storaged.cli import bench, image, tune
 from storaged.model.formats import Format
 
 SHELLS = ("bash", "zsh", "fish")
@@ -104,6 +104,10 @@ def build_parser() -> argparse.ArgumentParser:
         commands, "bench", "measure how fast a source is by each way that there is to it, side by side, with fio"
     ))
 
+    tune.add_parser(_command(
+        commands, "tune", "search for settings that make a source faster than the defaults do, and write a profile"
+    ))
+
     command = _command(
         commands, "doctor", "say what this host, its QEMU and this installation can do, and what is missing"
     )
@@ -169,6 +173,9 @@ def _attach(commands: _Commands[argparse.ArgumentParser]) -> None:
     )
     for option, (metavar, what) in OPTIONS_WITH_A_SWITCH.items():
         command.add_argument(f"--{option}", metavar=metavar, help=f"{what}: the same as -o {option}={metavar}")
+    command.add_argument(
+        "--profile", metavar="NAME", help="take the options of /etc/storaged/profiles/NAME.toml that are not said here"
+    )
     command.add_argument("--persist", action="store_true", help="attach again after a reboot")
     _timeout(command)
     _json(command, "print the volume as an object, and a failure as one on stderr")
@@ -190,15 +197,21 @@ def _config(commands: _Commands[argparse.ArgumentParser]) -> None:
     actions = command.add_subparsers(dest="action", metavar="ACTION", required=True, title="actions")
 
     action = _command(
-        actions, "check", "check storaged.toml, its drop-ins and the files of volumes, and say all that is wrong"
+        actions, "check", "check storaged.toml, its drop-ins, the files of volumes and profiles, and say all that is"
+        " wrong"
     )
     action.add_argument(
         "config", metavar="FILE", nargs="?",
-        help="a storaged.toml, or a volume's file in a directory volumes (default: all of /etc/storaged)",
+        help="a storaged.toml, or a volume's file in a directory volumes, or a profile in one called profiles (default:"
+        " all of /etc/storaged)",
     )
     _json(action, "print an array of problems")
 
-    _command(actions, "schema", "print the JSON schema of storaged.toml")
+    action = _command(actions, "schema", "print the JSON schema of storaged.toml, of a volume's file or of a profile")
+    action.add_argument(
+        "file", metavar="storaged|volume|profile", nargs="?", choices=("storaged", "volume", "profile"),
+        default="storaged", help="which (default: storaged)",
+    )
 
 
 def _trouble(commands: _Commands[argparse.ArgumentParser]) -> None:

@@ -160,6 +160,7 @@ def volume_details(volume: dict[str, Any], now: float | None = None, width: int 
         ("mode", _mode(volume)),
         ("kept", _kept(volume)),
         ("transport", transport),
+        ("profile", volume.get("profile")),
         *((f"option {key}", value) for key, value in sorted(options.items())),
         ("overlay", volume.get("overlay")),
         ("qsd", qsd),

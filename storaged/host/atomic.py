@@ -19,6 +19,22 @@ def write_atomic(path: str, data: bytes, *, mode: int = 0o600) -> None:
     commit(write_aside(path, data, mode=mode), path)
 
 
+def write_new(path: str, data: bytes, *, mode: int = 0o600) -> None:
+    """As :func:`write_atomic`, but where there is nothing yet: INVALID_ARGUMENT if there is."""
+    temporary = write_aside(path, data, mode=mode)
+    try:
+        os.link(temporary, path)
+        sync_directory(os.path.dirname(path))
+    except FileExistsError as error:
+        raise StoragedError(
+            ErrorCode.INVALID_ARGUMENT, f"cannot write {path}", cause="it exists by now", hint="choose another name"
+        ) from error
+    except OSError as error:
+        raise state_error(path, error) from error
+    finally:
+        discard(temporary)
+
+
 def write_aside(path: str, data: bytes, *, mode: int = 0o600) -> str:
     """Write ``data`` durably beside ``path``, for ``commit``, and return where. Raises as write_atomic."""
     directory, base = os.path.split(path)

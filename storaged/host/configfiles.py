@@ -63,14 +63,17 @@ def config_files(layout: Layout, config_file: str | None) -> list[str]:
     return files + [f"{path}.d/{name}" for name in names if name.endswith(".toml") and not name.startswith(".")]
 
 
-def read_config(path: str) -> bytes:
-    """The content of a file. Raises INVALID_ARGUMENT."""
+def read_config(path: str, longest: int | None = None) -> bytes:
+    """The content of a file, of at most ``longest`` bytes. Raises INVALID_ARGUMENT."""
     try:
         # A FIFO would keep the daemon from starting.
         with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise OSError(errno.EINVAL, "it is no file")
-            return file.read()
+            text = file.read() if longest is None else file.read(longest + 1)
+            if longest is not None and len(text) > longest:
+                raise OSError(errno.EFBIG, f"it has more than {longest >> 10} KiB")
+            return text
     except OSError as error:
         raise _unreadable(path, error) from error
 

@@ -8,6 +8,7 @@ import fcntl
 import os
 import threading
 import time
+from collections.abc import Callable
 
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import disk
@@ -138,12 +139,15 @@ def update_size(path: str) -> None:
         os.close(fd)
 
 
-def release(device: Disk, *, read_only: bool, given_up: threading.Event) -> None:
+def release(
+    device: Disk, *, read_only: bool, given_up: threading.Event, before: Callable[[], object] = lambda: None
+) -> None:
     """Take a loop device away that nobody uses; data is flushed first.
 
     Refuses with DEVICE_IN_USE, the device as it was, when it is mounted, swapped on, held, or open anywhere.
     FLUSH_FAILED when what was written cannot be brought to the image. No error when it is gone already. A flush may
-    hang; when it ends after ``given_up`` was set, the device is left as it is.
+    hang; when it ends after ``given_up`` was set, the device is left as it is. ``before`` is called when it has been
+    flushed, and still is nobody else's; it may block.
     """
     deadline, pauses = time.monotonic() + disk.PROBE_PATIENCE, disk.pauses_for_probes()
     while True:
@@ -155,6 +159,8 @@ def release(device: Disk, *, read_only: bool, given_up: threading.Event) -> None
         try:
             if not read_only:
                 disk.flush(fd, device.path)
+            if not given_up.is_set():
+                before()
             if given_up.is_set():
                 return
             fcntl.ioctl(fd, _LOOP_CLR_FD)

@@ -7,6 +7,7 @@ from typing import Any
 
 from storaged.manual.roff import Page
 from storaged.model.config import Key, keys, tables
+from storaged.model.profile import Profile
 from storaged.model.volumefile import VolumeFile
 
 _VOLUME = {
@@ -16,6 +17,7 @@ _VOLUME = {
     "read_only": "true: the device refuses writes",
     "snapshot": "true: writable, and the changes are thrown away at detach",
     "snapshot_dir": "where a snapshot keeps the changes",
+    "profile": "the profile whose options count where nothing is said here",
     "options": "a table of what `-o` takes; a value is a text, a number, or true (on) or false (off)",
 }
 
@@ -58,6 +60,20 @@ def page(date: str) -> Page:
         source = "nbd://server/export"
         format = "raw"
         options = { cache = "none", open-timeout = 20 }
+    """)
+    page.heading("profiles")
+    page.paragraph(
+        "A file /etc/storaged/profiles/NAME.toml has options under a name, for `storaged attach --profile` and the key "
+        "profile of a volume's file. What the volume says itself wins. The values are copied when the volume is "
+        "attached: a profile that is changed later changes no volume that is attached. A profile says how a volume is "
+        "served; options that say where the data is, or who is trusted, are the volume's own."
+    )
+    for key in keys(Profile):
+        page.term(key.name, key.description + (f" ({key.choices})" if key.choices else ""))
+    page.example("""
+        [options]
+        cache = "none"
+        read-ahead-kb = 4096
     """)
     page.heading("reload")
     page.paragraph(

@@ -9,6 +9,7 @@ _LAYOUT = Layout.below(None)
 FILES = {
     _LAYOUT.config_file: "The configuration, storaged.toml(5), and its drop-ins in storaged.toml.d beside it.",
     f"{_LAYOUT.volume_files}/NAME.toml": "A volume that is attached at each boot, see storaged.toml(5).",
+    f"{_LAYOUT.profiles}/NAME.toml": "Options under a name, see storaged.toml(5).",
     f"{_LAYOUT.dev_dir}/NAME": "A link to the device of a volume; NAME-partN to its partitions.",
     _LAYOUT.socket: "The socket of the Varlink interface io.storaged, mode 0660.",
     _LAYOUT.provider_hook: "The socket of io.systemd.StorageProvider, for storagectl(1) and others; root only.",

@@ -80,6 +80,11 @@ class Layout:
         return f"{self.config_dir}/volumes"
 
     @property
+    def profiles(self) -> str:
+        """Options under a name, which volumes may be attached with."""
+        return f"{self.config_dir}/profiles"
+
+    @property
     def detached_marks(self) -> str:
         """Which volumes of such files were detached since the boot."""
         return f"{self.run_dir}/detached"

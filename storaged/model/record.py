@@ -89,6 +89,11 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """/sys/block/X/diskseq of that device: another number means that it is another disk by now."""
     counted: list[int] = []
     """/sys/block/X/stat of that device when it was made: a loop or NBD device keeps what its former users did."""
+    queue: dict[str, str] = {}
+    """What the attributes of its queue were (/sys/block/X) before any was set: some devices are the next user's as they
+    are left."""
+    queue_due: bool = False
+    """Not all of them are set yet that were asked for; one that the kernel refuses counts as set."""
     direct_io: bool = False
     overlay: str | None = None
     served_by: ProcessIdentity | None = None

@@ -40,8 +40,12 @@ LONGEST_WISHES = 32 * 1024
 CACHE_MODES = ("none", "writeback", "writethrough", "directsync", "unsafe")
 
 
-class VolumeSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One volume as wished for. Two attach requests mean the same when their specs are equal."""
+class VolumeSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One volume as wished for. Two attach requests mean the same when their specs are equal.
+
+    What is as by default is not stored, so that an older daemon, which forbids what it does not know, reads all volumes
+    that have nothing new. So no default may ever change.
+    """
 
     name: str
     source: str
@@ -52,6 +56,8 @@ class VolumeSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     snapshot_dir: str | None = None
     options: dict[str, str] = {}
     persist: bool = False
+    profile: str | None = None
+    """Where some of the options came from: they are among ``options``, so that nothing is looked up again."""
 
     @property
     def writes_source(self) -> bool:
@@ -207,8 +213,11 @@ def _is_utf8(text: str) -> bool:
 def without_defaults(spec: VolumeSpec, further: Mapping[str, str]) -> VolumeSpec:
     """Return the spec without options that only repeat their default: the same wish, said in one way.
 
-    ``further`` are the defaults of the backend.
+    ``further`` are the defaults of the backend. With a profile a default is what keeps the profile's value away, also
+    where a client attaches what it was shown.
     """
+    if spec.profile is not None:
+        return spec
     defaults = {**DEFAULTS, **further}
     options = {key: value for key, value in spec.options.items() if defaults.get(key) != value}
     return msgspec.structs.replace(spec, options=options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -25,6 +26,7 @@ class VolumeFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     read_only: bool = False
     snapshot: bool = False
     snapshot_dir: str | None = None
+    profile: str | None = None
     options: dict[str, str | int | bool] = {}
 
 
@@ -44,15 +46,15 @@ def parse_volume_file(text: bytes, path: str, name: str) -> VolumeSpec:
     known = VolumeFile.__struct_fields__
     for key in values:
         if key not in known:
-            raise refuse(f"{path}: unknown key {key!r}", hint=_nearest(key, known))
+            raise refuse(f"{path}: unknown key {key!r}", hint=nearest(key, known))
     try:
         file = msgspec.convert(values, VolumeFile)
     except msgspec.ValidationError as error:
         raise refuse(f"{path} cannot be understood", str(error)) from error
     spec = VolumeSpec(
         name=name, source=file.source, format=file.format, transport=file.transport, read_only=file.read_only,
-        snapshot=file.snapshot, snapshot_dir=file.snapshot_dir,
-        options={key: _text(value) for key, value in file.options.items()},
+        snapshot=file.snapshot, snapshot_dir=file.snapshot_dir, profile=file.profile,
+        options={key: as_text(value) for key, value in file.options.items()},
     )
     try:
         return spelled_out(spec, file.format if "format" in values else None)
@@ -60,14 +62,15 @@ def parse_volume_file(text: bytes, path: str, name: str) -> VolumeSpec:
         raise refuse(f"{path}: {error.message}", error.cause, error.hint) from error
 
 
-def _text(value: str | int | bool) -> str:
+def as_text(value: str | int | bool) -> str:
     """As on the command line: on and off, and numbers as they are written."""
     if isinstance(value, bool):
         return "on" if value else "off"
     return str(value)
 
 
-def _nearest(key: str, known: tuple[str, ...]) -> str:
+def nearest(key: str, known: Sequence[str]) -> str:
     """Name the key that may have been meant. Dashes are as good as underscores to who types them."""
-    found = difflib.get_close_matches(key.replace("-", "_"), known, n=1, cutoff=0.5)
-    return f"did you mean {found[0]!r}?" if found else f"known here: {', '.join(known)}"
+    plain = {name.replace("-", "_"): name for name in known}
+    found = difflib.get_close_matches(key.replace("-", "_"), plain, n=1, cutoff=0.5)
+    return f"did you mean {plain[found[0]]!r}?" if found else f"known here: {', '.join(known)}"

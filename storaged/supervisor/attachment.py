@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from typing import Any
 
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import disk, links, nbd
 from storaged.model import blockdev
 from storaged.model.plan import Device, Observed, Qsd, Step
 from storaged.model.qemu_args import QemuArguments, qemu_arguments
-from storaged.supervisor import adoption, fetching, growing, leaving, opening, serving
+from storaged.supervisor import adoption, fetching, growing, leaving, opening, queues, serving
 from storaged.supervisor.holding import Holding
-from storaged.transports.base import Seen
+from storaged.transports.base import Connected, Seen
 
 
 class Attachment(Holding):
@@ -87,9 +88,7 @@ class Attachment(Holding):
         found = self.transport.find_device(self.site, self.record)
         # Another one than that of the record: somebody has unbound it and bound it again.
         if found is not None and (found.device, found.diskseq) != (self.record.device, self.record.diskseq):
-            await self.note(
-                device=found.device, diskseq=found.diskseq, counted=_counted(found.device)
-            )
+            await self.note(**self._of_new_device(found))
 
     async def _note_freed_devices(self) -> None:
         """A device that its last user has let go of may get another connection of ours: that one is none to ignore."""
@@ -103,7 +102,9 @@ class Attachment(Holding):
         if not self.qsd.alive or self.connection_lost:
             return False
         record = self.record
-        if record is None or self.transport.observe(self.site, record, alive=True).device is not Device.HEALTHY:
+        if record is None or record.queue_due:
+            return False
+        if self.transport.observe(self.site, record, alive=True).device is not Device.HEALTHY:
             return False
         return record.device is None or links.links_are_there(
             self.environment.layout.dev_dir, self.spec.name, record.device, self.transport.partitions(record)
@@ -164,9 +165,7 @@ class Attachment(Holding):
             found = self.transport.find_device(self.site, record)
             if record.device is None and found is not None and found.device is not None:
                 # The daemon died between the set-up and the record.
-                await self.note(
-                    device=found.device, diskseq=found.diskseq, counted=_counted(found.device)
-                )
+                await self.note(**self._of_new_device(found))
             if record.served_by is not None:
                 # Nobody has watched its connection meanwhile: it gets a new one, which the kernel takes or drops.
                 await self.note(served_by=None)
@@ -222,12 +221,13 @@ class Attachment(Holding):
                 connected = await self.transport.connect(self.site, self.known(), timeout)
                 self.environment.fault("connect: made")
                 await self.note(
-                    device=connected.device, diskseq=connected.diskseq, direct_io=connected.direct_io,
-                    socket=connected.socket, counted=_counted(connected.device),
+                    **self._of_new_device(connected), direct_io=connected.direct_io, socket=connected.socket,
                     abandoned=[device for device in self.known().abandoned if device != connected.device],
                 )
                 if connected.served:
                     await self.note_connection()
+                self.environment.fault("connect: noted")
+                await queues.set_up(self, timeout)
             case Step.RECONNECT:
                 await self.transport.reconnect(self.site, self.known(), timeout)
                 await self.note_connection()
@@ -248,6 +248,18 @@ class Attachment(Holding):
             case Step.REMOVE:
                 await self.wait_for_writing()
                 await self.blocking("remove the volume's directory", timeout, leaving.remove, self)
+
+    async def finish_queue(self, timeout: float) -> None:
+        """Set up what an earlier try, or an earlier daemon, has not of the queue of a device that works."""
+        if self.record is not None:
+            await queues.set_up(self, timeout)
+
+    def _of_new_device(self, found: Connected) -> dict[str, Any]:
+        """What the record has of a device, all of it written at once: before its queue is touched."""
+        return {
+            "device": found.device, "diskseq": found.diskseq, "counted": _counted(found.device),
+            **queues.of_new_device(self.known(), found.device),
+        }
 
     async def resize(self, size: int | None, timeout: float) -> int:
         """Grow the disk to ``size`` bytes, or to all that the source has, then its device; return its size.

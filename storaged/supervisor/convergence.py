@@ -155,6 +155,7 @@ class Convergence(Actor):
             last = step
             self._settle(working=step is not None)
             if step is None:
+                await self._finish_queue(notes)
                 break
             if repeats > _MOST_REPEATS:
                 raise StoragedError(
@@ -172,6 +173,7 @@ class Convergence(Actor):
             self._emit("step", DOING[step])
             self._environment.fault(f"before {step}")
             left = max(0.1, self._deadline - time.monotonic())
+            self.attachment.first = self._fresh
             try:
                 # What has lost writes must not stay, whoever uses it.
                 gone = self.seen.lost and self.goal is Goal.ATTACHED
@@ -183,10 +185,7 @@ class Convergence(Actor):
             self._environment.fault(f"after {step}")
             if step is Step.STOP:
                 self._health.begin_anew()
-            for note in self.attachment.notes:
-                self._emit("note", note)
-                if notes is not None:
-                    notes.append(note)
+            self._tell_notes(notes)
             self._step = None
         if self._parking and self.state is State.ABSENT:
             return
@@ -203,6 +202,20 @@ class Convergence(Actor):
                 ErrorCode.QSD_SILENT, "qemu-storage-daemon does not answer", volume=self.name, step="observe",
                 hint="the storage below may hang; detach --force ends the volume without it",
             )
+
+    async def _finish_queue(self, notes: list[str] | None) -> None:
+        """All is as it shall be, but for the queue of the device, perhaps."""
+        seen = self.seen
+        if self.goal is Goal.ATTACHED and not seen.stalled and (seen.qsd, seen.device) == (Qsd.RUNNING, Device.HEALTHY):
+            self.attachment.notes.clear()
+            await self.attachment.finish_queue(max(0.1, self._deadline - time.monotonic()))
+            self._tell_notes(notes)
+
+    def _tell_notes(self, notes: list[str] | None) -> None:
+        for note in self.attachment.notes:
+            self._emit("note", note)
+            if notes is not None:
+                notes.append(note)
 
     async def _take_over(self) -> None:
         """Take over what an earlier daemon left, unless that is done. One that is cut short begins anew."""

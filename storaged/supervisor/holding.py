@@ -70,6 +70,9 @@ class Holding:
         """Requests of the device are in flight and none ends, as far as is known: nothing may wait for them."""
         self.handed_out = -math.inf
         """When somebody was last given an open descriptor of the device (time.monotonic)."""
+        self.first = False
+        """An attach that has never succeeded is under way: what it cannot have is refused."""
+        self.told_of_queue = ""
         self.locks_to: socket.socket | None = None
         """Leads to QSD, for the locks of what is found while it opens the source; see hand_locks_over."""
         self._wake = wake
@@ -185,7 +188,9 @@ class Holding:
         """The device is gone."""
         self.forget_connection()
         if self.record is not None and (self.record.device is not None or self.record.socket is not None):
-            await self.note(device=None, diskseq=0, socket=None, served_by=None, lost=False)
+            await self.note(
+                device=None, diskseq=0, socket=None, served_by=None, lost=False, queue={}, queue_due=False
+            )
 
     @contextlib.asynccontextmanager
     async def names_held(self) -> AsyncIterator[None]:

@@ -21,7 +21,7 @@ from storaged.model.record import Record
 from storaged.qsd.session import Session
 from storaged.qsd.sideexport import side_export
 from storaged.qsd.version import aborts_with_iothread, parse_version
-from storaged.supervisor import fetching, overlay
+from storaged.supervisor import fetching, overlay, queues
 from storaged.supervisor.holding import Holding
 from storaged.transports.nbd import nbd_socket
 
@@ -51,6 +51,7 @@ async def disconnect(held: Holding, timeout: float, *, force: bool) -> None:
         try:
             await held.transport.disconnect(held.site, record, timeout)
         except StoragedError as error:
+            await queues.note_given_back(held)
             if error.code is ErrorCode.DEVICE_IN_USE and held.blocking.stuck and not error.users:
                 raise StoragedError(
                     ErrorCode.HOST_STUCK, "an earlier try to flush the device still hangs",

@@ -27,6 +27,7 @@ from storaged.model.spec import Desired, VolumeSpec, caches_writes, check_spec, 
 from storaged.observe.journald import about
 from storaged.store.base import Damaged
 from storaged.store.files import Found
+from storaged.store.profiles import with_profile
 from storaged.supervisor import fetching, overlay
 from storaged.supervisor.environment import Environment
 from storaged.supervisor.records import load_record
@@ -152,11 +153,23 @@ class Manager:
         """Attach a volume, or wait for the one that was attached with the same wishes.
 
         ``secrets`` are those that the client handed over, by the option that says ``-`` for them.
+        What its profile says is in ``spec`` by now (:meth:`with_profile`).
         Raises VOLUME_EXISTS, with nothing changed, where the wishes differ.
         """
         spec, secrets = secrets_apart(spec, secrets)
         spec = self._checked(spec)
         check_secrets(spec, secrets)
+        return await self._attach_checked(spec, timeout, secrets)
+
+    async def with_profile(self, spec: VolumeSpec) -> VolumeSpec:
+        """Return the wishes of a client with what the profile that they name has for them. Raises INVALID_ARGUMENT."""
+        if spec.profile is None:
+            return spec
+        return await self._blocking("read the profile", 10, self._with_profile, spec)
+
+    async def _attach_checked(
+        self, spec: VolumeSpec, timeout: float | None, secrets: Mapping[str, bytes] = NO_SECRETS
+    ) -> Volume:
         patience = timeout or self.environment.config.attach_timeout
         while True:
             volume = self._volumes.get(spec.name)
@@ -226,7 +239,8 @@ class Manager:
             )
         if name not in self._volumes and name in self._files.detached:
             await self._mark(name, detached=False)
-            return await self.attach(self._files.volumes[name], None)
+            # Judged when they were read: to do so again would take what says a default for nothing said.
+            return await self._attach_checked(self._files.volumes[name], None)
         volume = self.get(name)
         if on and path is None:
             # A secret that somebody typed is not kept over reboots.
@@ -283,6 +297,9 @@ class Manager:
         except StoragedError as error:
             raise error.at(volume=name) from error
 
+    def _with_profile(self, spec: VolumeSpec) -> VolumeSpec:
+        return with_profile(spec, self.environment.layout.profiles)
+
     def _checked(self, spec: VolumeSpec) -> VolumeSpec:
         """Refuse what can be refused without touching anything; return the wish as it is stored."""
         check_name(spec.name)
@@ -296,8 +313,9 @@ class Manager:
                 overlay.limit_of(spec)
             check_transport(spec)
         except StoragedError as error:
-            error.at(volume=spec.name)
-            raise
+            if spec.profile is not None:
+                error.message += f" (with the profile {spec.profile!r})"
+            raise error.at(volume=spec.name) from None
         helps = caches_writes(spec.source, direct=False) and not caches_writes(spec.source, direct=True)
         if helps and "cache" not in spec.options:
             # A device that goes on when QSD dies is worth more than a cache in it.
@@ -418,7 +436,7 @@ class Manager:
                         ErrorCode.INVALID_ARGUMENT, "the source holds a secret",
                         hint="leave it out; the option for it names a file, or credential:NAME",
                     )
-                volumes[name] = self._checked(spec)
+                volumes[name] = self._checked(self._with_profile(spec))
                 check_secrets(msgspec.structs.replace(volumes[name], persist=True), NO_SECRETS)
             except StoragedError as error:
                 volumes.pop(name, None)

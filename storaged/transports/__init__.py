@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from storaged.errors import ErrorCode, StoragedError
 from storaged.model.spec import VolumeSpec
 from storaged.qsd.version import Build, QsdVersion
-from storaged.transports import fuse, nbd, vduse, vhost_user
+from storaged.transports import fuse, nbd, queue, vduse, vhost_user
 from storaged.transports.base import Transport
 
 #: In the order in which ``auto`` tries them.
@@ -33,6 +33,7 @@ def check_transport(spec: VolumeSpec) -> None:
     wanted = spec.transport
     for name in _candidates(wanted):
         TRANSPORTS[name].settings(spec, _ANY_BUILD)
+    queue.attributes(spec)
     if wanted != "auto":
         seen = TRANSPORTS[wanted].probe(None)
         if not seen.available:

@@ -13,6 +13,8 @@ from storaged.model.powers import NO_POWERS, Powers
 from storaged.model.record import Record
 from storaged.model.spec import VolumeSpec
 from storaged.qsd.version import Build
+from storaged.transports.options import POLLING
+from storaged.transports.queue import QUEUE_OPTIONS
 
 
 @dataclass(frozen=True)
@@ -157,15 +159,22 @@ class Transport(Protocol):
 
 #: Seconds that a forced detach waits for written data to reach the image.
 _FORCED_FLUSH = 5.0
-#: The I/O thread of an export, and the object that it is.
+#: The I/O thread of an export.
 IOTHREAD = "io"
-IOTHREAD_OBJECT: dict[str, Any] = {"qom-type": "iothread", "id": IOTHREAD}
+
+
+def iothread(record: Record) -> dict[str, Any]:
+    """The object that it is."""
+    made: dict[str, Any] = {"qom-type": "iothread", "id": IOTHREAD}
+    if POLLING in record.settings:
+        made[POLLING] = record.settings[POLLING]
+    return made
 
 
 class HostDevice:
     """What transports have in common that give a disk of the host; where one differs, it says so."""
 
-    options: Mapping[str, str] = {}
+    options: Mapping[str, str] = QUEUE_OPTIONS
     needs_server = False
     reconnects = False
     bridges = False

@@ -14,7 +14,7 @@ import threading
 from typing import Any
 
 from storaged.errors import ErrorCode, StoragedError
-from storaged.host import disk, fusectl, loop, mounts
+from storaged.host import disk, fusectl, loop, mounts, queue
 from storaged.model.blockdev import DISK, EXPORT
 from storaged.model.plan import Device
 from storaged.model.powers import Powers
@@ -22,6 +22,7 @@ from storaged.model.record import Record
 from storaged.qsd.version import Build, loop_direct_io_is_safe, parse_version
 from storaged.transports.base import Availability, Connected, HostDevice, Seen, Site
 from storaged.transports.needs import lacking, load_modules
+from storaged.transports.queue import attributes
 
 #: As many as a loop device has (queue/nr_requests). The kernel's 12 are too few where each goes over a network.
 _IN_FLIGHT = 128
@@ -124,7 +125,8 @@ class FuseTransport(HostDevice):
         return Connected(device.path, device.diskseq, direct_io)
 
     async def disconnect(self, site: Site, record: Record, timeout: float) -> None:
-        """Flush, then LOOP_CLR_FD under an O_EXCL descriptor."""
+        """Flush, give the queue back, then LOOP_CLR_FD, under an O_EXCL descriptor: whoever gets the device next finds
+        it as it was."""
         device = self._loop(record)
         if device is None:
             return
@@ -133,6 +135,7 @@ class FuseTransport(HostDevice):
             await site.blocking(
                 "take the loop device away", timeout, loop.release, device, read_only=record.spec.read_only,
                 given_up=given_up,
+                before=lambda: queue.give_back(device.path, record.queue, attributes(record.spec)),
             )
         except BaseException:
             given_up.set()
@@ -152,6 +155,7 @@ class FuseTransport(HostDevice):
                 # To open the device may take as long as the flush: its I/O has to end first.
                 raise StoragedError(ErrorCode.HOST_STUCK, notes[0])
         users = await site.blocking("take the loop device away", timeout, loop.release_by_force, device)
+        await site.blocking("give the loop device back", timeout, _give_back, device, record)
         return notes + _stays(device, users)
 
     async def clear(self, site: Site, record: Record | None, timeout: float) -> list[str]:
@@ -166,6 +170,8 @@ class FuseTransport(HostDevice):
             # The devices first: once the mount is gone, the kernel no longer shows what they stand on.
             notes = [note for device in devices for note in _stays(device, loop.release_by_force(device))]
             mounts.unmount(mountpoint)
+            if known is not None and record is not None:
+                _give_back(known, record)
             for device in devices:
                 # Nothing tells udev that a device which somebody still has open has lost its volume, and its name.
                 if loop.is_bound(device):
@@ -204,6 +210,12 @@ class FuseTransport(HostDevice):
         if record is None or record.device is None:
             return None
         return disk.Disk(record.device, record.diskseq)
+
+
+def _give_back(device: disk.Disk, record: Record) -> None:
+    """The queue as it was, of a loop device that nobody has any more: the next one's is as it is left."""
+    if record.queue and loop.backing_file(device.path) is None:
+        queue.give_back(device.path, record.queue, attributes(record.spec))
 
 
 def _is_device(path: str) -> bool:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from storaged.errors import ErrorCode, StoragedError
-from storaged.host import disk, nbd, netlink, worker
+from storaged.host import disk, nbd, netlink, queue, worker
 from storaged.host.nbdhandshake import libnbd_problem, negotiate
 from storaged.host.unixsock import connect_unix
 from storaged.host.users import device_users
@@ -24,10 +24,11 @@ from storaged.model.blockdev import DISK, EXPORT
 from storaged.model.plan import Device
 from storaged.model.record import Record
 from storaged.model.spec import VolumeSpec
-from storaged.qsd.version import Build
-from storaged.transports.base import IOTHREAD, IOTHREAD_OBJECT, Availability, Connected, HostDevice, Seen, Site
+from storaged.qsd.version import Build, QsdVersion
+from storaged.transports.base import IOTHREAD, Availability, Connected, HostDevice, Seen, Site, iothread
 from storaged.transports.needs import check_family, lacking, load_modules
-from storaged.transports.options import Number, number
+from storaged.transports.options import POLLING, POLLING_OPTION, Number, number, polling
+from storaged.transports.queue import QUEUE_OPTIONS, attributes
 
 _CONNECTIONS = Number("connections; more than one is faster, and not safe when QSD hangs", 1, 16)
 _TIMEOUT = Number("seconds until a request fails; 0: never", 0, 86400)
@@ -40,6 +41,11 @@ _MAX_SECTORS_KB = 1024
 SOCKET = "nbd.sock"
 #: Seconds that QSD may take for a handshake: it is on this host, and asks no storage.
 _HANDSHAKE_PATIENCE = 10.0
+
+
+def has_iothread(version: QsdVersion) -> bool:
+    """Whether the I/O has a thread of its own: QSD 7.2 aborts with one when the client disconnects."""
+    return version.major >= 10
 
 
 def nbd_socket(record: Record) -> str:
@@ -58,6 +64,7 @@ class NbdTransport(HostDevice):
         "connections": f"{_CONNECTIONS.about}; default 1",
         "timeout": f"{_TIMEOUT.about}; default 0",
         "dead-timeout": f"{_DEAD_TIMEOUT.about} before they fail; default 3600",
+        **POLLING_OPTION, **QUEUE_OPTIONS,
     }
 
     def probe(self, build: Build | None) -> Availability:
@@ -80,12 +87,20 @@ class NbdTransport(HostDevice):
 
     def settings(self, spec: VolumeSpec, build: Build) -> dict[str, int]:
         """The safe set, or what the user insists on."""
+        polls = has_iothread(build.version)
+        # Of a build without exports nothing is known. What auto took need not have all that was said.
+        if POLLING in spec.options and not polls and build.exports and spec.transport != "auto":
+            raise StoragedError(
+                ErrorCode.INVALID_ARGUMENT, f"option {POLLING} cannot be had by nbd here", volume=spec.name,
+                cause=f"qemu-storage-daemon {build.version} has no I/O thread of its own for it, 10.0 has",
+                hint="leave it out, or take another transport",
+            )
         return {
             "connections": number(spec, "connections", _CONNECTIONS, 1),
             "timeout": number(spec, "timeout", _TIMEOUT, 0),
             "dead-timeout": number(spec, "dead-timeout", _DEAD_TIMEOUT, 3600),
-            # QSD 7.2 with an iothread here aborts when the client disconnects.
-            "iothread": int(build.version.major >= 10),
+            **(polling(spec) if polls or not build.exports else {}),
+            "iothread": int(polls),
         }
 
     def claims(self, site: Site) -> tuple[str, ...]:
@@ -106,7 +121,7 @@ class NbdTransport(HostDevice):
 
     def objects(self, record: Record) -> list[dict[str, Any]]:
         """A thread for the I/O, where that is safe."""
-        return [IOTHREAD_OBJECT] if record.settings["iothread"] else []
+        return [iothread(record)] if record.settings["iothread"] else []
 
     def setup(self, site: Site, record: Record) -> list[tuple[str, dict[str, Any]]]:
         """The server, in the volume's directory (QSD's working directory: its path may be too long)."""
@@ -187,15 +202,20 @@ class NbdTransport(HostDevice):
         await site.blocking("reconnect the NBD device", timeout, work)
 
     async def disconnect(self, site: Site, record: Record, timeout: float) -> None:
-        """Flush and disconnect under an O_EXCL descriptor."""
+        """Flush, give the queue back and disconnect, under an O_EXCL descriptor."""
         path, given_up = record.device, threading.Event()
         if path is None:
             return
+
+        def remove() -> None:
+            queue.give_back(path, record.queue, attributes(record.spec))
+            if not given_up.is_set():
+                nbd.disconnect(path, site.bus_name)
+
         try:
             await site.blocking(
                 "take the NBD device away", timeout, disk.remove_unused, path,
-                lambda: nbd.backend(path) == site.bus_name, lambda: nbd.disconnect(path, site.bus_name),
-                read_only=record.spec.read_only, given_up=given_up,
+                lambda: nbd.backend(path) == site.bus_name, remove, read_only=record.spec.read_only, given_up=given_up,
             )
         except BaseException:
             given_up.set()
@@ -218,6 +238,7 @@ class NbdTransport(HostDevice):
                 raise StoragedError(ErrorCode.HOST_STUCK, notes[0])
         await site.blocking("take the NBD device away", timeout, nbd.disconnect, path, site.bus_name)
         users = await site.blocking("see the NBD device go", timeout, nbd.users_that_keep, path, site.bus_name)
+        await site.blocking("give the NBD device back", timeout, _give_back, path, record)
         return notes + [f"{path} fails all I/O and stays until its last user is gone: {user}" for user in users]
 
     async def clear(self, site: Site, record: Record | None, timeout: float) -> list[str]:
@@ -250,13 +271,20 @@ def _connections(
         yield sockets, told[0]
 
 
+def _give_back(path: str, record: Record) -> None:
+    """The queue as it was, of a device that nobody has any more: the next one's is as it is left."""
+    if record.queue and disk.attribute(path, "pid") is None:
+        queue.give_back(path, record.queue, attributes(record.spec))
+
+
 def _timeouts(record: Record) -> nbd.Timeouts:
     return nbd.Timeouts(record.settings["timeout"], record.settings["dead-timeout"])
 
 
 def _tune(path: str, record: Record) -> None:
     # Newer kernels begin with 1280. Writing freezes the queue, which takes longer than to connect.
-    if int(disk.attribute(path, "queue/max_sectors_kb") or _MAX_SECTORS_KB) < _MAX_SECTORS_KB:
+    said = "max-sectors-kb" in record.spec.options
+    if not said and int(disk.attribute(path, "queue/max_sectors_kb") or _MAX_SECTORS_KB) < _MAX_SECTORS_KB:
         with contextlib.suppress(OSError, StoragedError):  # only slower without it
             largest = int(disk.attribute(path, "queue/max_hw_sectors_kb") or _MAX_SECTORS_KB)
             # It waits for the requests in flight, for ever if the server dies meanwhile.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from storaged.errors import ErrorCode, StoragedError
@@ -34,6 +35,17 @@ def number(spec: VolumeSpec, key: str, option: Number, default: int) -> int:
     if not option.least <= value <= option.most or (option.power_of_two and value & (value - 1)):
         raise _wrong(spec, key, option, text)
     return value
+
+
+#: How long an I/O thread looks for work before it sleeps (iothread's poll-max-ns in QEMU's qapi/qom.json).
+POLLING = "poll-max-ns"
+_POLLING = Number("nanoseconds that QSD's I/O thread looks for work before it sleeps, 0: it does not", 0, 10**9)
+POLLING_OPTION: Mapping[str, str] = {POLLING: f"{_POLLING.about}; default 32768"}
+
+
+def polling(spec: VolumeSpec) -> dict[str, int]:
+    """The setting of a transport with an I/O thread, where something was said. Raises INVALID_ARGUMENT."""
+    return {POLLING: number(spec, POLLING, _POLLING, 0)} if POLLING in spec.options else {}
 
 
 def _wrong(spec: VolumeSpec, key: str, option: Number, text: str) -> StoragedError:

@@ -23,9 +23,10 @@ from storaged.model.record import Record
 from storaged.model.spec import VolumeSpec
 from storaged.observe.journald import about
 from storaged.qsd.version import Build
-from storaged.transports.base import IOTHREAD, IOTHREAD_OBJECT, Availability, Connected, HostDevice, Seen, Site
+from storaged.transports.base import IOTHREAD, Availability, Connected, HostDevice, Seen, Site, iothread
 from storaged.transports.needs import check_family, lacking, load_modules
-from storaged.transports.options import Number, number
+from storaged.transports.options import POLLING_OPTION, Number, number, polling
+from storaged.transports.queue import QUEUE_OPTIONS, SCHEDULER
 
 log = logging.getLogger("storaged.vduse")
 
@@ -56,6 +57,7 @@ class VduseTransport(HostDevice):
         "queue-size": f"{_QUEUE_SIZE.about}, a power of two; default 256",
         "msg-timeout": f"{_MSG_TIMEOUT.about}; default 30",
         "bounce-size": f"{_BOUNCE_SIZE.about}; default: the kernel's, 64M",
+        **POLLING_OPTION, **QUEUE_OPTIONS,
     }
 
     def powers(self, site: Site) -> Powers:
@@ -89,6 +91,7 @@ class VduseTransport(HostDevice):
             "queues": min(number(spec, "queues", _QUEUES, 1), os.cpu_count() or 1),
             "queue-size": number(spec, "queue-size", _QUEUE_SIZE, 256),
             "msg-timeout": number(spec, "msg-timeout", _MSG_TIMEOUT, 30),
+            **polling(spec),
         }
         if "bounce-size" in spec.options:
             chosen["bounce-size"] = number(spec, "bounce-size", _BOUNCE_SIZE, 0)
@@ -113,7 +116,7 @@ class VduseTransport(HostDevice):
 
     def objects(self, record: Record) -> list[dict[str, Any]]:
         """A thread for the I/O, so that QMP answers whatever the storage does."""
-        return [IOTHREAD_OBJECT]
+        return [iothread(record)]
 
     def export(self, site: Site, record: Record) -> dict[str, Any]:
         """BlockExportOptionsVduseBlk."""
@@ -190,7 +193,8 @@ class VduseTransport(HostDevice):
                     )
                 time.sleep(_STEP)
             vduse.set_limit(name, "msg_timeout", record.settings["msg-timeout"])
-            if "[none]" not in (disk.attribute(found.path, "queue/scheduler") or "[none]"):
+            present = disk.attribute(found.path, "queue/scheduler") or "[none]"
+            if SCHEDULER not in record.spec.options and "[none]" not in present:
                 # What is below the image has its own. Writing freezes the queue, which takes longer than all the rest.
                 # It waits for the requests in flight, for ever if the server dies meanwhile.
                 with contextlib.suppress(OSError, StoragedError):  # only slower with one

@@ -26,8 +26,8 @@ from storaged.model.powers import NO_POWERS, Powers
 from storaged.model.record import Record
 from storaged.model.spec import VolumeSpec
 from storaged.qsd.version import Build
-from storaged.transports.base import IOTHREAD, IOTHREAD_OBJECT, Availability, Connected, Seen, Site
-from storaged.transports.options import Number, number
+from storaged.transports.base import IOTHREAD, Availability, Connected, Seen, Site, iothread
+from storaged.transports.options import POLLING_OPTION, Number, number, polling
 
 _QUEUES = Number("virtqueues", 1, 256)
 #: sun_path holds 108 bytes with the NUL at its end (unix(7)), for QEMU on both sides.
@@ -50,6 +50,7 @@ class VhostUserTransport:
         "queues": f"{_QUEUES.about}; default 1; the virtual machine must not ask for more",
         "socket-owner": "USER or USER:GROUP (names or numbers) that the socket belongs to, as libvirt-qemu; default: "
         "the daemon's",
+        **POLLING_OPTION,
     }
 
     def powers(self, site: Site) -> Powers:
@@ -74,7 +75,7 @@ class VhostUserTransport:
         """Queues, whom the socket belongs to, and whether QSD tells a virtual machine that the disk has grown."""
         user, group = _owner(spec)
         return {
-            "queues": number(spec, "queues", _QUEUES, 1), "uid": user, "gid": group,
+            "queues": number(spec, "queues", _QUEUES, 1), "uid": user, "gid": group, **polling(spec),
             "grows": int(build.version[:2] >= _TELLS_GROWTH),
         }
 
@@ -94,7 +95,7 @@ class VhostUserTransport:
 
     def objects(self, record: Record) -> list[dict[str, Any]]:
         """A thread for the I/O."""
-        return [IOTHREAD_OBJECT]
+        return [iothread(record)]
 
     def setup(self, site: Site, record: Record) -> list[tuple[str, dict[str, Any]]]:
         """Nothing."""

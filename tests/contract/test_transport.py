@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from storaged.errors import ErrorCode
+from storaged.host import disk
 from storaged.transports import TRANSPORTS
 from tests.contract.conftest import IN_MACHINE
 from tests.harness import (
@@ -20,6 +21,7 @@ from tests.harness import (
     luks_image,
     mounted,
     reads,
+    refuses,
     run,
     size_of,
     writes,
@@ -194,3 +196,52 @@ def test_a_dead_qsd_is_replaced(daemon: Daemon, place: Path, transport: str) -> 
     former = daemon.kill_qsd("a")
     eventually(lambda: daemon.replaced("a", former), "replaced")
     assert reads(str(daemon.show("a")["device"]), 0, len(PATTERN)) == PATTERN
+
+
+#: What no other test says: a loop or NBD device may be one that another test has had.
+QUEUE = {"max-sectors-kb": "68", "nr-requests": "37", "read-ahead-kb": "308"}
+
+
+def queue_of(device: str) -> dict[str, str | None]:
+    """What a device's queue has, by the names of options."""
+    return {name: disk.attribute(device, f"queue/{name.replace('-', '_')}") for name in QUEUE}
+
+
+def queue_before(daemon: Daemon) -> dict[str, str]:
+    """What it had, as volume a was told."""
+    record = as_json(Path(daemon.layout.volume_dir("a"), "record.json").read_text())
+    return {name.removeprefix("queue/").replace("_", "-"): value for name, value in record["queue"].items()}
+
+
+def test_a_queue_is_as_it_was_said_also_of_a_successor_s_device_and_is_given_back(
+    daemon: Daemon, place: Path, transport: str
+) -> None:
+    source = image(place / "a.raw", "raw")
+    error = refuses(
+        daemon, ErrorCode.INVALID_ARGUMENT, source, transport=transport, options={**QUEUE, "scheduler": "nosuch"}
+    )
+    assert "scheduler=nosuch" in error.message
+    device = daemon.device("a", source, transport=transport, options=QUEUE)
+    assert queue_of(device) == QUEUE
+    device = daemon.replace_qsd("a")
+    assert queue_of(device) == QUEUE
+    before = queue_before(daemon)
+    assert before.keys() == QUEUE.keys()
+    assert not before.items() & QUEUE.items()
+    daemon.detach("a")
+    if os.path.exists(f"/sys/block/{os.path.basename(device)}"):  # VDUSE's goes, with its queue
+        assert queue_of(device) == before
+
+
+@pytest.mark.parametrize("fault", ["connect: made", "connect: noted"])
+def test_a_queue_that_a_daemon_did_not_come_to_is_set_up_by_the_next_one(
+    stopped: Daemon, place: Path, transport: str, fault: str
+) -> None:
+    source = image(place / "a.raw", "raw")
+    stopped.start(fault=fault)
+    error_of(lambda: stopped.attach("a", source, transport=transport, options=QUEUE))
+    stopped.wait_dead()
+    stopped.start()
+    device = stopped.device("a", source, transport=transport, options=QUEUE)
+    assert queue_of(device) == QUEUE
+    assert not queue_before(stopped).items() & QUEUE.items()

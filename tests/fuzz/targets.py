@@ -25,6 +25,7 @@ from storaged.model.configcheck import parse_config
 from storaged.model.formats import Format
 from storaged.model.headers import read_header
 from storaged.model.history import Happening, History
+from storaged.model.profile import parse_profile
 from storaged.model.spec import VolumeSpec, check_spec
 from storaged.model.treespec import spelled_out
 from storaged.model.volumefile import parse_volume_file
@@ -101,6 +102,11 @@ def _config(data: bytes) -> None:
 def _volume_file(data: bytes) -> None:
     with _refusals():
         parse_volume_file(data, "/f", "a")
+
+
+def _profile(data: bytes) -> None:
+    with _refusals():
+        parse_profile(data, "/f", ["queues"])
 
 
 def _history(data: bytes) -> None:
@@ -207,6 +213,7 @@ TARGETS = {
     ], _plain(_header)),
     "history": Target([HISTORY], _plain(_history)),
     "mark": Target([MARK], _in_directory(_mark)),
+    "profile": Target([b'transport = "nbd"\n[options]\ncache = "none"\nqueues = 4\n'], _plain(_profile)),
     "record": Target([RECORD], _in_directory(_record)),
     "source": Target(_SOURCES, _plain(_source)),
     "volume-file": Target([b'source = "rbd:a/b"\nformat = "raw"\n[options]\ncache = "none"\n'], _plain(_volume_file)),

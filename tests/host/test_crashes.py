@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from storaged.errors import ErrorCode, StoragedError
+from storaged.host import disk as disks
 from storaged.model.plan import Step
-from tests.harness import Daemon, error_of, eventually, image, leftovers, mounted, reads, run, writes
+from tests.harness import Daemon, as_json, error_of, eventually, image, leftovers, mounted, reads, run, writes
 
 PATTERN = b"storaged" * 8192
 
@@ -105,6 +106,34 @@ def test_the_daemon_dies_anywhere_in_an_attach_and_the_next_one_finishes_it(
     stopped.detach("a")
     assert leftovers(stopped.root) == []
     assert source.read_bytes()[: len(PATTERN)] == PATTERN
+
+
+def queue(device: str) -> dict[str, str | None]:
+    """What a device's queue has."""
+    names = ("read_ahead_kb", "max_sectors_kb", "nr_requests")
+    return {name: disks.attribute(device, f"queue/{name}") for name in names}
+
+
+@pytest.mark.parametrize("fault", ["connect: made", "connect: noted", "connect: queue set"])
+def test_the_daemon_dies_while_it_sets_up_a_queue_and_the_next_one_does_the_rest_and_gives_it_back(
+    stopped: Daemon, place: Path, fault: str
+) -> None:
+    source = image(place / "a.raw", "raw")
+    # What no other test says: the device may be one that another has had.
+    options = {"read-ahead-kb": "308", "max-sectors-kb": "68", "nr-requests": "37"}
+    wanted = {key.replace("-", "_"): value for key, value in options.items()}
+    stopped.start(fault=fault)
+    assert error_of(lambda: stopped.attach("a", source, options=options)).code is ErrorCode.DAEMON_UNREACHABLE
+    stopped.wait_dead()
+    stopped.start()
+    device = stopped.device("a", source, options=options)
+    assert queue(device) == wanted
+    record = as_json(Path(stopped.layout.volume_dir("a"), "record.json").read_text())
+    before = {name.removeprefix("queue/"): value for name, value in record["queue"].items()}
+    assert before.keys() == wanted.keys()
+    assert not before.items() & wanted.items()
+    stopped.detach("a")
+    assert queue(device) == before
 
 
 @pytest.mark.parametrize(

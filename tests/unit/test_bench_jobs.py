@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storaged.bench.fio import Leave, engines_of, measured, version_of, words
-from storaged.bench.jobs import SETS, Job, check_size, jobs_of_file
+from storaged.bench.jobs import SETS, TUNING, Job, check_size, jobs_of_file
 from storaged.bench.process import Fio, check_words
 from storaged.errors import ErrorCode, StoragedError
 
-ALL = [job for one in SETS.values() for job in one.jobs]
+ALL = [job for one in (*SETS.values(), TUNING) for job in one.jobs]
 MIB = 1 << 20
 
 

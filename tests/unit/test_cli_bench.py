@@ -9,7 +9,7 @@ import pytest
 
 from storaged.__main__ import main
 from storaged.bench.jobs import SETS
-from storaged.cli.bench import _interruptible, _request
+from storaged.cli.bench import _request, interruptible
 from storaged.cli.parser import build_parser
 from tests.unit.bench_reports import report
 
@@ -75,7 +75,7 @@ def test_a_second_signal_does_not_interrupt_the_cleaning_up(capsys: pytest.Captu
     before = signal.getsignal(signal.SIGINT)
 
     def work() -> None:
-        with _interruptible():
+        with interruptible():
             try:
                 signal.raise_signal(signal.SIGTERM)
             finally:

@@ -23,6 +23,7 @@ from storaged.model.config import Config
 from storaged.model.configcheck import parse_config
 from storaged.model.history import Happening, History
 from storaged.model.layout import Layout
+from storaged.model.profile import parse_profile
 from storaged.model.spec import VolumeSpec
 from storaged.model.volumefile import parse_volume_file
 from storaged.store.files import VolumeFiles
@@ -152,7 +153,10 @@ CONFIG_KEYS = [
     "attach_timeout", "snapshot_dir", "socket_group", "log_level", "qsd", "binary", "binaries", "listen", "web_config",
     "read_only", "access", "access.read_only", "qsd.binaries",
 ]
-VOLUME_KEYS = ["source", "format", "transport", "read_only", "snapshot", "snapshot_dir", "options", "options.cache"]
+VOLUME_KEYS = [
+    "source", "format", "transport", "read_only", "snapshot", "snapshot_dir", "profile", "options", "options.cache",
+]
+PROFILE_KEYS = ["transport", "options", "options.cache", "options.queues", "cache"]
 DEEP_TOML = [b"x = " + b"[" * 50_000, b"x = " + b"{a = " * 50_000, b"a" + b".a" * 5_000 + b" = 1"]
 
 
@@ -161,8 +165,9 @@ DEEP_TOML = [b"x = " + b"[" * 50_000, b"x = " + b"{a = " * 50_000, b"a" + b".a" 
     [
         (lambda text: parse_config(text, "/f"), CONFIG_KEYS, Config),
         (lambda text: parse_volume_file(text, "/f", "a"), VOLUME_KEYS, VolumeSpec),
+        (lambda text: parse_profile(text, "/f", ["queues"]), PROFILE_KEYS, tuple),
     ],
-    ids=["storaged.toml", "a volume's file"],
+    ids=["storaged.toml", "a volume's file", "a profile"],
 )
 def test_any_configuration_is_used_or_refused(
     parse: Callable[[bytes], object], keys: list[str], kind: type[object]

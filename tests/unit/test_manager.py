@@ -476,6 +476,29 @@ def test_other_wishes_are_refused_with_what_differs_and_change_nothing(
     with_manager(tmp_path, store, work)
 
 
+def test_what_the_file_of_a_volume_says_against_its_profile_is_kept_when_it_is_attached_again(
+    tmp_path: Path, spec: VolumeSpec, world: type[World]
+) -> None:
+    layout = Layout.below(str(tmp_path / "root"))
+    for directory in (layout.profiles, layout.volume_files):
+        os.makedirs(directory)
+    Path(layout.profiles, "fast.toml").write_text("[options]\ncache = 'unsafe'\n")
+    Path(layout.volume_files, "a.toml").write_text(
+        f"source = '{spec.source}'\nprofile = 'fast'\noptions = {{ cache = 'writeback' }}\n"
+    )
+
+    async def work(manager: Manager) -> None:
+        await manager.reload()
+        (volume,) = manager.volumes()
+        first = volume.spec
+        await manager.detach("a", force=False, timeout=None)
+        again = await manager.persist("a", on=True)
+        assert again.spec == first
+        assert again.spec.options.get("cache", DEFAULTS["cache"]) == "writeback"
+
+    with_manager(tmp_path, MemoryStore(), work)
+
+
 def test_other_wishes_for_a_volume_in_trouble_do_not_cover_what_its_trouble_is(
     tmp_path: Path, spec: VolumeSpec, world: type[World]
 ) -> None:

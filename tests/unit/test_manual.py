@@ -90,7 +90,8 @@ def test_every_source_and_option_is_on_the_page(tmp_path: Path) -> None:
 def test_the_daemon_page_has_the_paths_of_the_layout_and_its_signals() -> None:
     layout = Layout.below(None)
     paths = {
-        layout.config_file, f"{layout.volume_files}/NAME.toml", f"{layout.detached_marks}/",
+        layout.config_file, f"{layout.volume_files}/NAME.toml", f"{layout.profiles}/NAME.toml",
+        f"{layout.detached_marks}/",
         layout.link("NAME"), layout.socket, layout.provider_hook, f"{layout.volume_dir('NAME')}/",
         f"{layout.vm_sockets_dir}/NAME.sock", f"{layout.desired_volatile}/", f"{LOCK_DIR}/",
         f"{layout.desired_persistent}/", f"{layout.snapshots_dir}/",

@@ -184,3 +184,30 @@ def test_qsd_may_hold_acknowledged_writes_in_memory_where_it_keeps_tables_of_the
 ) -> None:
     spec = msgspec.convert({"name": "a", "source": "/a", **wishes}, VolumeSpec)
     assert spec.keeps_writes_in_memory is holds
+
+
+class OlderSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a daemon without profiles reads."""
+
+    name: str
+    source: str
+    format: Format = Format.RAW
+    transport: str = "auto"
+    read_only: bool = False
+    snapshot: bool = False
+    snapshot_dir: str | None = None
+    options: dict[str, str] = {}
+    persist: bool = False
+
+
+@pytest.mark.parametrize("wishes", [
+    {}, {"format": Format.QCOW2, "read_only": True, "persist": True, "transport": "nbd", "options": {"cache": "none"}},
+    {"snapshot": True, "snapshot_dir": "/fast"},
+])
+def test_an_older_daemon_reads_what_has_no_profile(wishes: dict[str, Any]) -> None:
+    stored = msgspec.json.encode(spec(**wishes))
+    older = msgspec.json.decode(stored, type=OlderSpec)
+    assert {key: getattr(older, key) for key in OlderSpec.__struct_fields__} == {
+        key: getattr(spec(**wishes), key) for key in OlderSpec.__struct_fields__
+    }
+    assert msgspec.json.decode(stored, type=VolumeSpec) == spec(**wishes)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from storaged.errors import ErrorCode, StoragedError
@@ -182,7 +183,8 @@ def test_the_options_of_auto_are_those_of_all_that_it_may_take() -> None:
 
 
 def test_no_two_transports_that_auto_may_take_mean_different_things_by_one_option() -> None:
-    assert sum(len(options_of(name)) for name in HOST_TRANSPORTS) == len(options_of("auto"))
+    for name in HOST_TRANSPORTS:
+        assert options_of(name).items() <= options_of("auto").items()
 
 
 @pytest.mark.parametrize("name", TRANSPORTS)
@@ -204,6 +206,18 @@ def test_vduse_has_one_queue_unless_more_are_wished_for(monkeypatch: pytest.Monk
 def test_vduse_takes_its_limits_from_the_user() -> None:
     settings = chosen("vduse", queue_size="1024", msg_timeout="5", bounce_size="128M")
     assert (settings["queue-size"], settings["msg-timeout"], settings["bounce-size"]) == (1024, 5, 128 << 20)
+
+
+def test_nbd_refuses_to_poll_where_qsd_has_no_io_thread() -> None:
+    wanted = msgspec.structs.replace(spec(poll_max_ns="0"), transport="nbd")
+    error = error_of(lambda: nbd.TRANSPORT.settings(wanted, OLD))
+    assert error.code is ErrorCode.INVALID_ARGUMENT
+    assert "poll-max-ns" in error.message
+    assert "7.2.22" in error.cause
+    assert nbd.TRANSPORT.settings(wanted, NEW)["poll-max-ns"] == 0
+    check_transport(msgspec.structs.replace(wanted, transport="auto"))
+    # As every option that the transport which auto took does not have.
+    assert "poll-max-ns" not in nbd.TRANSPORT.settings(msgspec.structs.replace(wanted, transport="auto"), OLD)
 
 
 def test_vduse_names_a_disk_only_where_qsd_can() -> None:
