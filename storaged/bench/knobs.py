@@ -23,6 +23,8 @@ class Host:
     """/sys/block/X/queue, by the names of the attributes."""
     polls: bool = True
     """QSD has an I/O thread for the device."""
+    several_threads: bool = True
+    """QSD can serve a FUSE export by several threads."""
 
 
 def knobs(
@@ -93,6 +95,8 @@ def _all(said: Mapping[str, str], host: Host, jobs: Sequence[Job]) -> list[tuple
         (Knob("connections", "1", ("2", "4"), rising=True), ""),
         (Knob("queues", "1", tuple(str(count) for count in (2, 4, 8, 16) if count <= host.processors), rising=True),
          "" if host.processors > 1 else "there is one processor"),
+        (Knob("iothreads", "0", tuple(str(count) for count in (1, 2, 4, 8) if count <= host.processors)),
+         "" if host.several_threads else "this qemu-storage-daemon serves a FUSE export by its main thread alone"),
         (Knob("queue-size", "256", ("512", "1024", "128")), ""),
         (Knob("read-ahead-kb", str(read_ahead), _rising(read_ahead, (512, 2048, 8192, 32768)), rising=True),
          no_buffered),

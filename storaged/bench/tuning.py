@@ -28,7 +28,7 @@ from storaged.bench.ways import PATIENCE, Shop, Subject, Target
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import disk
 from storaged.model.spec import COMMON_OPTIONS
-from storaged.qsd.version import parse_version
+from storaged.qsd.version import fuse_has_threads, parse_version
 from storaged.transports import options_of
 from storaged.transports.nbd import has_iothread
 
@@ -121,7 +121,8 @@ class Tuning(Session):
         options = find_backend(spec.source).options.keys() | options_of(self.transport).keys()
         version = parse_version(f"version {self.volume.get('qsd_version')}")
         polls = self.transport != "nbd" or version is None or has_iothread(version)
-        host = Host(os.cpu_count() or 1, self.queue, polls)
+        several = version is not None and fuse_has_threads(version)
+        host = Host(os.cpu_count() or 1, self.queue, polls, several)
         found, notes = knobs(options, subject.options, host, self.jobs, unsafe=self.unsafe)
         if self.only:
             found = [knob for knob in found if knob.option in self.only]

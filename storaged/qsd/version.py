@@ -38,6 +38,15 @@ def loop_direct_io_is_safe(version: QsdVersion) -> bool:
     return version.major >= 11
 
 
+def fuse_has_threads(version: QsdVersion) -> bool:
+    """Whether this QSD's FUSE export can be served by several I/O threads.
+
+    BlockExportIothreads is in QAPI since 10.1; that FUSE takes it was seen with 11.1.3 (block/export/fuse.c), and not
+    with 10.0.13.
+    """
+    return version.major >= 11
+
+
 def curl_loses_requests(version: QsdVersion) -> bool:
     """Whether of several requests of http, https, ftp or ftps that end at once all but one wait for ever.
 

@@ -11,6 +11,7 @@ import contextlib
 import os
 import stat
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 from storaged.errors import ErrorCode, StoragedError
@@ -19,20 +20,26 @@ from storaged.model.blockdev import DISK, EXPORT
 from storaged.model.plan import Device
 from storaged.model.powers import Powers
 from storaged.model.record import Record
-from storaged.qsd.version import Build, loop_direct_io_is_safe, parse_version
-from storaged.transports.base import Availability, Connected, HostDevice, Seen, Site
+from storaged.model.spec import VolumeSpec
+from storaged.qsd.version import Build, fuse_has_threads, loop_direct_io_is_safe, parse_version
+from storaged.transports.base import IOTHREAD, Availability, Connected, HostDevice, Seen, Site
 from storaged.transports.needs import lacking, load_modules
-from storaged.transports.queue import attributes
+from storaged.transports.options import Number, number
+from storaged.transports.queue import QUEUE_OPTIONS, attributes
 
 #: As many as a loop device has (queue/nr_requests). The kernel's 12 are too few where each goes over a network.
 _IN_FLIGHT = 128
 _NODES = ("/dev/fuse", "/dev/loop-control")
+#: How many serve the export (BlockExportIothreads in qapi/block-export.json); 0: QSD's main loop does.
+THREADS = "iothreads"
+_THREADS = Number("threads of QSD that serve the export, 0: its main one does; needs QSD 11", 0, 64)
 
 
 class FuseTransport(HostDevice):
     """The transport ``fuse``."""
 
     name = "fuse"
+    options: Mapping[str, str] = {THREADS: f"{_THREADS.about}; default 0", **QUEUE_OPTIONS}
 
     def powers(self, site: Site) -> Powers:
         """libfuse mounts, and unmounts at the end (fuse_mount_sys in lib/mount.c): QSD takes no mount of others."""
@@ -67,12 +74,33 @@ class FuseTransport(HostDevice):
                     hint="storaged doctor says what is missing",
                 )
 
+    def settings(self, spec: VolumeSpec, build: Build) -> dict[str, int]:
+        """No thread of its own, or as many as the user says."""
+        threads = number(spec, THREADS, _THREADS, 0)
+        if threads == 0 or (build.exports and fuse_has_threads(build.version)):
+            return {THREADS: threads} if threads else {}
+        # Of a build without exports nothing is known. What auto took need not have all that was said.
+        if build.exports and spec.transport != "auto":
+            raise StoragedError(
+                ErrorCode.INVALID_ARGUMENT, f"option {THREADS} cannot be had by fuse here", volume=spec.name,
+                cause=f"qemu-storage-daemon {build.version} serves a FUSE export by its main thread alone; 11 can",
+                hint="leave it out, or take another transport",
+            )
+        return {}
+
+    def objects(self, record: Record) -> list[dict[str, Any]]:
+        """The threads."""
+        return [{"qom-type": "iothread", "id": name} for name in _threads(record)]
+
     def export(self, site: Site, record: Record) -> dict[str, Any]:
         """BlockExportOptionsFuse. Only root may look into it, and it never grows by a write."""
-        return {
+        options: dict[str, Any] = {
             "type": "fuse", "id": EXPORT, "node-name": DISK, "mountpoint": self._mountpoint(site),
             "writable": not record.spec.read_only, "growable": False, "allow-other": "off",
         }
+        if threads := _threads(record):
+            options["iothread"] = threads
+        return options
 
     async def prepare(self, site: Site, record: Record, timeout: float) -> None:
         """The mount point is a regular file."""
@@ -210,6 +238,10 @@ class FuseTransport(HostDevice):
         if record is None or record.device is None:
             return None
         return disk.Disk(record.device, record.diskseq)
+
+
+def _threads(record: Record) -> list[str]:
+    return [f"{IOTHREAD}{number}" for number in range(record.settings.get(THREADS, 0))]
 
 
 def _give_back(device: disk.Disk, record: Record) -> None:

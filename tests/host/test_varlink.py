@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import re
 import shutil
 import socket
@@ -13,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from storaged.host.unixsock import connect_unix
+from tests import debian
 from tests.harness import Daemon, eventually, image, run
-
-TOP = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -26,18 +24,9 @@ def varlinkctl() -> list[str]:
         version = re.match(r"systemd (\d+)", run(here, "--version").stdout)
         if version is not None and int(version[1]) >= 257:
             return [here]
-    root = TOP / ".cache" / "roots" / "varlinkctl"
-    root.parent.mkdir(parents=True, exist_ok=True)
-    made = subprocess.run(
-        [TOP / "scripts" / "debian-root", "--variant=extract", "trixie", root, "systemd", "libc6", "base-files"],
-        capture_output=True, text=True, timeout=110,
+    return debian.program(
+        "trixie", "varlinkctl", "usr/bin/varlinkctl", "systemd", "libc6", "base-files", libraries="systemd"
     )
-    assert made.returncode == 0, made.stderr
-    libraries = root / "usr" / "lib" / f"{platform.machine()}-linux-gnu"
-    (loader,) = [*root.glob("lib64/ld-linux-*.so.*"), *root.glob("usr/lib/ld-linux-*.so.*")][:1]
-    return [
-        str(loader), "--library-path", f"{libraries}:{libraries}/systemd", str(root / "usr" / "bin" / "varlinkctl"),
-    ]
 
 
 def test_varlinkctl_understands_the_interface(varlinkctl: list[str], daemon: Daemon) -> None:

@@ -220,6 +220,20 @@ def test_nbd_refuses_to_poll_where_qsd_has_no_io_thread() -> None:
     assert "poll-max-ns" not in nbd.TRANSPORT.settings(msgspec.structs.replace(wanted, transport="auto"), OLD)
 
 
+def test_fuse_refuses_threads_where_qsd_cannot_have_them() -> None:
+    newest = Build(QsdVersion(11, 1, 3), OLD.exports)
+    wanted = msgspec.structs.replace(spec(iothreads="2"), transport="fuse")
+    error = error_of(lambda: fuse.TRANSPORT.settings(wanted, NEW))
+    assert error.code is ErrorCode.INVALID_ARGUMENT
+    assert "iothreads" in error.message
+    assert "10.0.2" in error.cause
+    assert fuse.TRANSPORT.settings(wanted, newest) == {"iothreads": 2}
+    # As every option that the transport which auto took does not have.
+    assert fuse.TRANSPORT.settings(msgspec.structs.replace(wanted, transport="auto"), NEW) == {}
+    for build in (OLD, newest):
+        assert fuse.TRANSPORT.settings(spec(iothreads="0"), build) == {}
+
+
 def test_vduse_names_a_disk_only_where_qsd_can() -> None:
     assert "serial" not in chosen("vduse", Build(QsdVersion(7, 1, 0), OLD.exports))
 

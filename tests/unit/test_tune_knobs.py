@@ -34,8 +34,8 @@ def test_every_setting_is_an_option_that_there_is_and_that_a_profile_may_have() 
 
 
 @pytest.mark.parametrize(("transport", "backend", "wanted"), [
-    ("fuse", "file", {"aio", "read-ahead-kb", "max-sectors-kb", "scheduler"}),
-    ("fuse", "http", {"read-ahead", "read-ahead-kb", "max-sectors-kb", "scheduler"}),
+    ("fuse", "file", {"aio", "iothreads", "read-ahead-kb", "max-sectors-kb", "scheduler"}),
+    ("fuse", "http", {"read-ahead", "iothreads", "read-ahead-kb", "max-sectors-kb", "scheduler"}),
     ("vduse", "rbd", {"queues", "queue-size", "poll-max-ns", "read-ahead-kb", "max-sectors-kb", "scheduler"}),
     ("nbd", "rbd", {"poll-max-ns", "read-ahead-kb", "max-sectors-kb", "scheduler"}),
 ])
@@ -58,6 +58,15 @@ def test_qsd_without_an_io_thread_does_not_poll() -> None:
     found, notes = knobs(options("nbd", "rbd"), {}, old, READS, unsafe=False)
     assert "poll-max-ns" not in [knob.option for knob in found]
     assert any(note.startswith("poll-max-ns was not tried: ") for note in notes)
+
+
+def test_a_fuse_export_has_threads_of_its_own_only_where_qsd_can() -> None:
+    found, _ = knobs(options("fuse", "rbd"), {}, HOST, READS, unsafe=False)
+    assert [knob.values for knob in found if knob.option == "iothreads"] == [("1", "2", "4")]
+    old = replace(HOST, several_threads=False)
+    found, notes = knobs(options("fuse", "rbd"), {}, old, READS, unsafe=False)
+    assert "iothreads" not in [knob.option for knob in found]
+    assert any(note.startswith("iothreads was not tried: ") for note in notes)
 
 
 def test_values_are_those_that_this_host_can_have() -> None:
