@@ -21,6 +21,8 @@ _OF_ALL = frozenset({
 #: fio's engines for a file or device of this host, the best first.
 LOCAL_ENGINES = ("io_uring", "libaio")
 VITASTOR = "libfio_vitastor.so"
+#: Where fio has no engine for a source: by it fio is what a virtual machine is, at QSD's vhost-user-blk export.
+BLKIO = "libblkio"
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,7 @@ def direct(format: str, node: Node, engines: Collection[str]) -> Direct:
     ``engines`` are those that this fio has. The words for a file of this host name the node's ``filename``.
     """
     if format != "raw":
-        raise NoDirect(
-            f"fio reads no {format}; QSD's vhost-user-blk export could be reached by libblkio, an engine that Debian's "
-            "fio is built without"
-        )
+        raise NoDirect(f"fio reads no {format}")
     driver = str(node["driver"])
     if driver in ("file", "host_device"):
         _refuse_unknown(node, frozenset({"filename"}), "for files")
@@ -58,6 +57,11 @@ def direct(format: str, node: Node, engines: Collection[str]) -> Direct:
     if engine not in engines:
         raise NoDirect(f"this fio has no engine {engine}")
     return found
+
+
+def through_vhost_user(socket: str) -> tuple[str, ...]:
+    """Return fio's words for the disk that is served on a socket (engines/libblkio.c in fio; libblkio's drivers)."""
+    return (f"--ioengine={BLKIO}", "--libblkio_driver=virtio-blk-vhost-user", f"--libblkio_path={socket}")
 
 
 def _refuse_unknown(node: Node, known: frozenset[str], engine: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from storaged.backends import find_backend
 from storaged.backends.base import NetworkBackend
 from storaged.bench import facts, measure, process, report, scratch
-from storaged.bench.engines import NoDirect
+from storaged.bench.engines import BLKIO, NoDirect
 from storaged.bench.fio import Leave, words
 from storaged.bench.jobs import SETS, Job, JobSet
 from storaged.bench.measure import Found, Plan
@@ -277,12 +277,19 @@ class Session:
             try:
                 shop.direct_words(subject, self.fio.engines)
             except NoDirect as error:
+                if BLKIO in self.fio.engines:
+                    self.notes.append(f"{error}: direct is {BLKIO} here, which goes through QSD, past the kernel.")
+                    # Each thread of fio has a queue of its own.
+                    queues = max(int(job.options.get("numjobs", "1")) for job in self.jobs)
+                    ways.append(Way(name, functools.partial(shop.exported, subject, name, queues), optional))
+                    continue
+                why = f"{error}; and it has no engine {BLKIO}, by which it could use QSD's vhost-user-blk export"
                 if not optional:
                     raise StoragedError(
-                        ErrorCode.UNSUPPORTED, "there is no direct way to this source", cause=str(error),
+                        ErrorCode.UNSUPPORTED, "there is no direct way to this source", cause=why,
                         hint="leave direct out of --transports",
                     ) from error
-                self.found.ways[name] = WayFacts(name=name, what="", missing=str(error))
+                self.found.ways[name] = WayFacts(name=name, what="", missing=why)
                 continue
             ways.append(Way(name, functools.partial(shop.direct, subject, self.fio.engines), optional))
         return ways

@@ -134,7 +134,7 @@ class Shop:
                 environment={**given.environment, **found.environment}, inherited=given.inherited,
             )
 
-    # Devices -----------------------------------------------------------------------------------------------------
+    # Volumes -----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def attached(
@@ -144,21 +144,43 @@ class Shop:
 
         The attach may take ``patience`` seconds.
         """
-        name = f"{PREFIX}{self.id}-{transport}"
+        with self._volume(subject, transport, transport, {}, patience) as volume, self.held(volume, known) as target:
+            yield target
+
+    @contextlib.contextmanager
+    def exported(self, subject: Subject, way: str, queues: int) -> Iterator[Target]:
+        """Attach the source by vhost-user, for fio in the place of a virtual machine, with a queue for each job of it.
+
+        What the kernel does for a device falls out, what QSD does not.
+        """
+        options = {"queues": str(queues)}
+        with self._volume(subject, way, "vhost-user", options, PATIENCE) as volume:
+            name, pid = str(volume["name"]), volume.get("qsd_pid")
+            yield Target(
+                words=engines.through_vhost_user(str(volume["socket"])),
+                what=f"fio's engine {engines.BLKIO} on a vhost-user-blk export of QSD {volume.get('qsd_version')}",
+                size=int(volume["size"]), processes=_processes(volume), volume=dict(volume),
+                is_still_there=lambda: self.call("Show", {"name": name})["volume"].get("qsd_pid") == pid,
+            )
+
+    @contextlib.contextmanager
+    def _volume(
+        self, subject: Subject, way: str, transport: str, options: Mapping[str, str], patience: float
+    ) -> Iterator[dict[str, Any]]:
+        """A volume of our own, called after the way."""
+        name = f"{PREFIX}{self.id}-{way}"
         # From here on it may be there, whatever becomes of the answer.
         self._names.add(name)
         try:
             wishes: dict[str, Any] = {
                 "name": name, "source": subject.source, "format": str(subject.one.spec.format), "transport": transport,
-                "options": dict(subject.options), "timeout": patience,
+                "options": {**subject.options, **options}, "timeout": patience,
             }
             if subject.leave is None:
                 wishes["read_only"] = True
             if subject.secrets:
                 wishes["secrets"] = dict(subject.secrets)
-            volume = self.call("Attach", wishes, patience)["volume"]
-            with self.held(volume, known) as target:
-                yield target
+            yield self.call("Attach", wishes, patience)["volume"]
         except BaseException:
             # What happened first is what is told; ``clear`` tries again, and tells.
             with contextlib.suppress(StoragedError):
