@@ -17,6 +17,7 @@ from storaged.bench.engines import NoDirect
 from storaged.bench.fio import Leave
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import disk, imagelock
+from storaged.host.process import identify
 from storaged.host.users import device_users, only_probes
 from storaged.images import operand
 from storaged.images.commands import virtual_size
@@ -155,12 +156,13 @@ class Shop:
         """
         options = {"queues": str(queues)}
         with self._volume(subject, way, "vhost-user", options, PATIENCE) as volume:
-            name, pid = str(volume["name"]), volume.get("qsd_pid")
+            pid = int(volume["qsd_pid"])
+            served_by = identify(pid)
             yield Target(
                 words=engines.through_vhost_user(str(volume["socket"])),
                 what=f"fio's engine {engines.BLKIO} on a vhost-user-blk export of QSD {volume.get('qsd_version')}",
                 size=int(volume["size"]), processes=_processes(volume), volume=dict(volume),
-                is_still_there=lambda: self.call("Show", {"name": name})["volume"].get("qsd_pid") == pid,
+                is_still_there=lambda: served_by is not None and identify(pid) == served_by,
             )
 
     @contextlib.contextmanager

@@ -14,6 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from storaged.bench import measure
+from storaged.bench.fio import Leave
+from storaged.bench.jobs import Job
+from storaged.bench.process import Fio
+from storaged.bench.report import Run
+from storaged.bench.ways import Target
 from storaged.errors import ErrorCode
 from tests.benching import JOBS, WRITES, bench, report_of, short
 from tests.harness import Daemon, image, leftovers
@@ -104,6 +110,32 @@ def test_a_source_with_an_engine_of_its_own_is_measured_by_that(daemon: Daemon, 
     assert done.status == 0, done
     assert "libblkio" not in done.stdout
     assert not asked.exists()
+
+
+def test_a_qsd_that_is_another_one_by_now_is_not_measured(
+    daemon: Daemon, place: Path, asked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = measure.runner
+
+    def runner(fio: Fio, cwd: str) -> measure.Runner:
+        run = real(fio, cwd)
+
+        def run_and_kill(job: Job, target: Target, runtime: float, leave: Leave | None) -> Run:
+            done = run(job, target, runtime, leave)
+            (name,) = daemon.names()
+            daemon.replace_qsd(name)
+            return done
+
+        return run_and_kill
+
+    monkeypatch.setattr(measure, "runner", runner)
+    jobs = f"{JOBS}[four]\nrw=randread\nbs=4k\nnumjobs=4\n"
+    done = bench(daemon, image(place / "a.qcow2"), *short(place, jobs), "--transports", "direct")
+    assert done.status == 1
+    good, bad = report_of(place).runs
+    assert good.is_good
+    assert "what served it died" in bad.error
+    assert daemon.names() == []
 
 
 def test_it_is_refused_where_others_write(daemon: Daemon, place: Path, asked: Path) -> None:
