@@ -162,7 +162,7 @@ class Emulator:
         self._log = directory / "qemu.log"
         command = [
             *before, "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg",
-            "-machine", "pc,usb=off", "-cpu", "qemu64", "-no-reboot", "-qmp",
+            "-machine", "pc,usb=off", "-cpu", "qemu64,-cx16", "-no-reboot", "-qmp",
             f"unix:{directory / 'qmp.sock'},server=on,wait=off", *arguments,
         ]
         with open(self._log, "wb") as log:

@@ -60,8 +60,12 @@ class Plan:
     @property
     def seconds(self) -> float:
         """How long it takes, about."""
-        of_way = len(self.jobs) * (self.runtime + _START) + min(_WARM, self.runtime) + _SET_UP
-        return self.rounds * len(self.ways) * of_way
+        of_ways = len(self.ways) * (min(_WARM, self.runtime) + _SET_UP)
+        return self.rounds * (of_ways + sum(len(self.jobs_of(way)) for way in self.ways) * (self.runtime + _START))
+
+    def jobs_of(self, way: Way) -> list[Job]:
+        """The jobs that a way can do."""
+        return [job for job in self.jobs if not (way.only_reads and job.writes)]
 
 
 def order(rounds: int, ways: Sequence[Way]) -> Iterator[tuple[int, Way]]:
@@ -78,38 +82,40 @@ def measure(plan: Plan, run: Runner, found: Found, tell: Callable[[str, float], 
     StoragedError where a way cannot be set up that is not optional, and what setting up any of them raises; the disk
     is too small.
     """
-    done, count = 0, plan.rounds * len(plan.ways) * len(plan.jobs)
+    done, count = 0, plan.rounds * sum(len(plan.jobs_of(way)) for way in plan.ways)
     for number, way in order(plan.rounds, plan.ways):
+        jobs = plan.jobs_of(way)
         if way.name in found.ways and found.ways[way.name].missing:
-            count -= len(plan.jobs)
+            count -= len(jobs)
             continue
         tell(f"round {number + 1} of {plan.rounds}, {way.name}: setting up", 100 * done / count)
         with contextlib.ExitStack() as stack:
             try:
                 target = stack.enter_context(way.up())
             except StoragedError as error:
-                if not way.optional or error.code is not ErrorCode.TRANSPORT_UNAVAILABLE:
+                if not way.optional or error.code not in way.lacking:
                     raise
                 found.ways[way.name] = WayFacts(name=way.name, what="", missing=f"{error.message}: {error.cause}")
-                count -= len(plan.jobs)
+                count -= len(jobs)
                 continue
             if target.size is not None:
                 check_size(plan.jobs, target.size)
                 found.size = target.size
             found.ways.setdefault(way.name, WayFacts(
-                name=way.name, what=target.what, volume=dict(target.volume), queue=dict(target.queue)
+                name=way.name, what=target.what, engine=target.engine, volume=dict(target.volume),
+                queue=dict(target.queue),
             ))
             if plan.runtime >= _WORTH_WARMING:
                 with contextlib.suppress(StoragedError, ValueError):  # it fails with the first job, too, which tells
                     run(WARM_UP, target, min(_WARM, plan.runtime), None)
-            for job in plan.jobs:
+            for job in jobs:
                 tell(f"round {number + 1} of {plan.rounds}, {way.name}: {job.name}", 100 * done / count)
                 one, hangs = _one(run, job, target, plan, number, way.name)
                 found.runs.append(one)
                 done += 1
                 if hangs:
                     # The next job would wait as long.
-                    done += len(plan.jobs) - 1 - plan.jobs.index(job)
+                    done += len(jobs) - 1 - jobs.index(job)
                     break
     tell("done", 100.0)
 
@@ -137,7 +143,7 @@ def runner(fio: Fio, cwd: str) -> Runner:
         meter = Meter(target.processes)
         text = process.run(
             fio, words(job, target.words, runtime, leave), timeout=runtime + process.PATIENCE, cwd=cwd,
-            environment=target.environment, inherited=target.inherited,
+            environment=target.environment, inherited=target.inherited, server=target.server,
         )
         cpu = meter.used()
         told, raw = measured(text, job)

@@ -6,10 +6,12 @@ import contextlib
 import ctypes
 import errno
 import os
+import select
 import shutil
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from storaged.bench import engines
@@ -96,12 +98,13 @@ def check_words(fio: Fio, words: Sequence[str]) -> str:
 
 def run(
     fio: Fio, words: Sequence[str], *, timeout: float, cwd: str, environment: Mapping[str, str],
-    inherited: Sequence[int],
+    inherited: Sequence[int], server: int | None = None,
 ) -> str:
     """Run fio to its end and return what it printed. Blocks.
 
     It has a session of its own, so that Ctrl-C reaches this process alone, and dies with it (setpriv(1)); what ends the
-    wait for it ends it first. Raises UNSUPPORTED where it failed, with its words, TIMEOUT, HOST_STUCK.
+    wait for it ends it first. ``server`` is a pidfd of who serves it, where fio would wait for the dead for ever.
+    Raises UNSUPPORTED where it failed, with its words, DEVICE_FAILED where the server died, TIMEOUT, HOST_STUCK.
     """
     setpriv = shutil.which("setpriv")
     guard = [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []
@@ -111,7 +114,8 @@ def run(
         pass_fds=inherited, start_new_session=True,
     )
     try:
-        printed, said = child.communicate(timeout=timeout)
+        with _ended_with(server, child) as server_died:
+            printed, said = child.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         _end(child)
         raise StoragedError(
@@ -121,6 +125,11 @@ def run(
     except BaseException:
         _end(child)
         raise
+    if server_died.is_set():
+        raise StoragedError(
+            ErrorCode.DEVICE_FAILED, "what serves the disk died meanwhile", cause="qemu-storage-daemon ended",
+            hint="look into the journal",
+        )
     if child.returncode:
         raise StoragedError(
             ErrorCode.UNSUPPORTED, "fio failed", cause=_last_words((said + printed[:4096]).decode(errors="replace"))
@@ -128,6 +137,31 @@ def run(
             hint="the words are fio's",
         )
     return printed.decode(errors="replace")
+
+
+@contextlib.contextmanager
+def _ended_with(server: int | None, child: subprocess.Popen[bytes]) -> Iterator[threading.Event]:
+    """End a child when its server has died; the event tells that it has."""
+    died = threading.Event()
+    if server is None:
+        yield died
+        return
+    over = os.eventfd(0, os.EFD_CLOEXEC)
+
+    def watch() -> None:
+        # Both are read by nobody else: a pidfd can be, and stays so, once its process has ended (pidfd_open(2)).
+        if over not in select.select([server, over], [], [])[0]:
+            died.set()
+            child.kill()
+
+    watcher = threading.Thread(target=watch, name="server of fio", daemon=True)
+    watcher.start()
+    try:
+        yield died
+    finally:
+        os.eventfd_write(over, 1)
+        watcher.join()
+        os.close(over)
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:

@@ -39,6 +39,8 @@ class WayFacts(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     what: str
     """How: the engine, or the device and what serves it."""
+    engine: str = ""
+    """fio's, where it is what the figures depend on: of the direct way."""
     missing: str = ""
     """Why it could not be measured; empty if it was."""
     volume: dict[str, Any] = {}
@@ -245,7 +247,7 @@ def differences(before: Report, after: Report) -> list[str]:
     """Say what else differs between two reports: what they were measured on, and how."""
     facts = [
         {"source": one.source, "format": one.format, "size": one.size, "runtime": one.runtime, "options": one.options,
-         **one.machine}
+         **one.machine, **{f"engine of {way.name}": way.engine for way in one.ways if way.engine}}
         for one in (before, after)
     ]
     keys = dict.fromkeys(key for one in facts for key in one)

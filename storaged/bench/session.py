@@ -277,13 +277,14 @@ class Session:
             try:
                 shop.direct_words(subject, self.fio.engines)
             except NoDirect as error:
-                if BLKIO in self.fio.engines:
-                    self.notes.append(f"{error}: direct is {BLKIO} here, which goes through QSD, past the kernel.")
-                    # Each thread of fio has a queue of its own.
-                    queues = max(int(job.options.get("numjobs", "1")) for job in self.jobs)
-                    ways.append(Way(name, functools.partial(shop.exported, subject, name, queues), optional))
+                why = str(error)
+                if BLKIO not in self.fio.engines:
+                    why += f"; and it has no engine {BLKIO}, by which it could use QSD's vhost-user-blk export"
+                elif (way := self._exported(shop, subject, name, why, optional=optional)) is not None:
+                    ways.append(way)
                     continue
-                why = f"{error}; and it has no engine {BLKIO}, by which it could use QSD's vhost-user-blk export"
+                else:
+                    why += f"; and by {BLKIO} each write would be a flush, which no other way does"
                 if not optional:
                     raise StoragedError(
                         ErrorCode.UNSUPPORTED, "there is no direct way to this source", cause=why,
@@ -293,6 +294,29 @@ class Session:
                 continue
             ways.append(Way(name, functools.partial(shop.direct, subject, self.fio.engines), optional))
         return ways
+
+
+    def _exported(self, shop: Shop, subject: Subject, name: str, why: str, *, optional: bool) -> Way | None:
+        """The direct way by libblkio. None where it can do none of the jobs."""
+        # Such an export flushes each write, for a virtual machine that goes on with QSD's successor.
+        only_reads = subject.leave is not None and subject.one.spec.keeps_writes_in_memory
+        if only_reads:
+            if all(job.writes for job in self.jobs):
+                return None
+            self.notes.append(
+                f"direct did none of the jobs that write: {why}, and by {BLKIO} each write would be a flush, which no "
+                "other way does."
+            )
+        if self.request.ways is not None and set(self.request.ways) == {report.DIRECT}:
+            # It was not asked for a daemon that serves direct alone.
+            for left in shop.leftovers():
+                self.display.note(left)
+        # Each thread of fio has a queue of its own.
+        queues = max(int(job.options.get("numjobs", "1")) for job in self.jobs)
+        return Way(
+            name, functools.partial(shop.exported, subject, name, queues, why), optional, only_reads=only_reads,
+            lacking=frozenset({ErrorCode.TRANSPORT_UNAVAILABLE, ErrorCode.UNSUPPORTED}),
+        )
 
 
 def _replaced(request: Request, path: str) -> Request:

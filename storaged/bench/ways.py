@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,6 @@ from storaged.bench.engines import NoDirect
 from storaged.bench.fio import Leave
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import disk, imagelock
-from storaged.host.process import identify
 from storaged.host.users import device_users, only_probes
 from storaged.images import operand
 from storaged.images.commands import virtual_size
@@ -50,6 +50,10 @@ class Target:
     inherited: Sequence[int] = ()
     processes: Mapping[str, int] = field(default_factory=dict)
     """Pids of those who serve it, by who they are."""
+    server: int | None = None
+    """A pidfd of who serves it, where fio does not notice that it is gone."""
+    engine: str = ""
+    """fio's, where it is what the figures depend on."""
     volume: Mapping[str, Any] = field(default_factory=dict)
     queue: Mapping[str, str] = field(default_factory=dict)
     is_still_there: Callable[[], bool] = lambda: True
@@ -64,6 +68,10 @@ class Way:
     up: Callable[[], contextlib.AbstractContextManager[Target]]
     optional: bool
     """Whether the rest is measured where this host does not have it."""
+    lacking: frozenset[ErrorCode] = frozenset({ErrorCode.TRANSPORT_UNAVAILABLE})
+    """How it fails where this host does not have it."""
+    only_reads: bool = False
+    """Jobs that write are left out."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +139,7 @@ class Shop:
                 size = virtual_size(one, given)
                 words = (*words, f"--size={size}")
             yield Target(
-                words=words, size=size, what=f"fio's engine {found.engine}",
+                words=words, size=size, what=f"fio's engine {found.engine}", engine=found.engine,
                 environment={**given.environment, **found.environment}, inherited=given.inherited,
             )
 
@@ -149,21 +157,31 @@ class Shop:
             yield target
 
     @contextlib.contextmanager
-    def exported(self, subject: Subject, way: str, queues: int) -> Iterator[Target]:
+    def exported(self, subject: Subject, way: str, queues: int, why: str) -> Iterator[Target]:
         """Attach the source by vhost-user, for fio in the place of a virtual machine, with a queue for each job of it.
 
-        What the kernel does for a device falls out, what QSD does not.
+        What the kernel does for a device falls out, what QSD does not. ``why`` there is no other direct way is told.
         """
         options = {"queues": str(queues)}
         with self._volume(subject, way, "vhost-user", options, PATIENCE) as volume:
-            pid = int(volume["qsd_pid"])
-            served_by = identify(pid)
-            yield Target(
-                words=engines.through_vhost_user(str(volume["socket"])),
-                what=f"fio's engine {engines.BLKIO} on a vhost-user-blk export of QSD {volume.get('qsd_version')}",
-                size=int(volume["size"]), processes=_processes(volume), volume=dict(volume),
-                is_still_there=lambda: served_by is not None and identify(pid) == served_by,
-            )
+            try:
+                server = os.pidfd_open(int(volume["qsd_pid"]))
+            except ProcessLookupError as error:
+                raise StoragedError(
+                    ErrorCode.DEVICE_FAILED, "qemu-storage-daemon is gone already", volume=str(volume["name"]),
+                    hint="look into the journal",
+                ) from error
+            try:
+                yield Target(
+                    words=engines.through_vhost_user(str(volume["socket"])), engine=engines.BLKIO,
+                    what=f"fio's engine {engines.BLKIO} on a vhost-user-blk export of QSD {volume.get('qsd_version')}: "
+                    f"past the kernel, not past QSD ({why})",
+                    size=int(volume["size"]), processes=_processes(volume), server=server, volume=dict(volume),
+                    # A pidfd can be read once its process has ended (pidfd_open(2)).
+                    is_still_there=lambda: not select.select([server], [], [], 0)[0],
+                )
+            finally:
+                os.close(server)
 
     @contextlib.contextmanager
     def _volume(

@@ -65,7 +65,7 @@ def add_parser(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--transports", metavar="WAY[,WAY…]", type=_ways,
         help=f"the ways that are measured, of {', '.join(_WAYS)} (default: all that there are; direct is fio's own"
-        " engine, without QEMU)",
+        " engine, without QEMU where it has one for the source)",
     )
     command.add_argument("--jobs", metavar="quick|full|FILE", default="quick", help="what fio does (default: quick)")
     command.add_argument(

@@ -98,7 +98,9 @@ class FuseTransport(HostDevice):
             "type": "fuse", "id": EXPORT, "node-name": DISK, "mountpoint": self._mountpoint(site),
             "writable": not record.spec.read_only, "growable": False, "allow-other": "off",
         }
-        if threads := _threads(record):
+        version = parse_version(f"version {record.qsd_version}")
+        if (threads := _threads(record)) and version is not None and fuse_has_threads(version):
+            # A successor may be an older one: better slow than not at all.
             options["iothread"] = threads
         return options
 

@@ -10,24 +10,26 @@ import json
 import os
 import shutil
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from storaged.bench import measure
+from storaged.bench import engines, measure, process
 from storaged.bench.fio import Leave
 from storaged.bench.jobs import Job
 from storaged.bench.process import Fio
 from storaged.bench.report import Run
-from storaged.bench.ways import Target
+from storaged.bench.ways import PREFIX, Target
 from storaged.errors import ErrorCode
 from tests.benching import JOBS, WRITES, bench, report_of, short
-from tests.harness import Daemon, image, leftovers
+from tests.harness import Daemon, eventually, image, leftovers
 
 #: VHOST_USER_GET_FEATURES, VHOST_USER_SET_OWNER, VHOST_USER_GET_QUEUE_NUM (docs/interop/vhost-user.rst in QEMU).
 _FIO = '''\
 #!{python}
-import json, os, socket, struct, sys
+import json, os, socket, struct, sys, time
 
 words = sys.argv[1:]
 if words == ["--enghelp"]:
@@ -48,6 +50,8 @@ elif "--ioengine=libblkio" in words:
         asked = {{"words": words, "features": features, "queues": ask(17)}}
     with open({log!r}, "a") as log:
         print(json.dumps(asked), file=log)
+    while os.path.exists({hang!r}):
+        time.sleep(0.1)
     rest = [word for word in words if not word.startswith(("--ioengine=", "--libblkio"))]
     os.execv({fio!r}, ["fio", *rest, "--ioengine=null", "--size=16M"])
 else:
@@ -64,7 +68,7 @@ def asked(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     assert real is not None
     (place / "bin").mkdir()
     program, log = place / "bin" / "fio", place / "asked.json"
-    program.write_text(_FIO.format(python=sys.executable, log=str(log), fio=real))
+    program.write_text(_FIO.format(python=sys.executable, log=str(log), fio=real, hang=str(place / "hang")))
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     return log
@@ -84,7 +88,7 @@ def test_an_image_format_is_reached_by_an_export_for_virtual_machines(
     (direct,) = [way for way in found.ways if way.name == "direct"]
     assert "libblkio" in direct.what
     assert direct.volume["transport"] == "vhost-user"
-    assert any("goes through QSD" in note for note in found.notes)
+    assert "fio reads no qcow2" in direct.what
     for line in asked.read_text().splitlines():
         told = json.loads(line)
         assert told["queues"] == 4, "as many as fio has threads"
@@ -94,13 +98,78 @@ def test_an_image_format_is_reached_by_an_export_for_virtual_machines(
     assert not [line for line in leftovers(daemon.root) if "storaged-bench" in line]
 
 
-def test_what_is_overwritten_is_exported_writable(daemon: Daemon, place: Path, asked: Path) -> None:
-    done = bench(
-        daemon, place, "--scratch", "16M", "--format", "qcow2", *short(place, WRITES), "--transports", "direct"
-    )
+def test_what_is_overwritten_is_exported_writable(
+    daemon: Daemon, place: Path, asked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As if it were a source that fio has no engine for.
+    monkeypatch.setattr(engines, "LOCAL_ENGINES", ("none",))
+    done = bench(daemon, place, "--scratch", "16M", *short(place, WRITES), "--transports", "direct")
     assert done.status == 0, done
     assert {run.job for run in report_of(place).runs if run.is_good} == {"reads", "writes"}
     assert not any(json.loads(line)["features"] & _READ_ONLY for line in asked.read_text().splitlines())
+    assert daemon.names() == []
+
+
+def test_an_export_that_flushes_each_write_is_no_measure_for_writes(daemon: Daemon, place: Path, asked: Path) -> None:
+    words = [place, "--scratch", "16M", "--format", "qcow2"]
+    done = bench(daemon, *words, *short(place, WRITES), "--transports", "direct,fuse")
+    assert done.status == 0, done
+    found = report_of(place)
+    assert {(run.way, run.job) for run in found.runs} == {("direct", "reads"), ("fuse", "reads"), ("fuse", "writes")}
+    assert "direct did none of the jobs that write" in done.stdout
+    done = bench(daemon, *words, *short(place, "[writes]\nrw=randwrite\nbs=4k\n"), "--transports", "direct")
+    assert done.status == 1
+    assert "each write would be a flush" in done.stderr
+
+
+def test_a_host_without_the_export_goes_on_without_the_direct_way(
+    stopped: Daemon, place: Path, asked: Path
+) -> None:
+    # Its sockets would have a longer path than QEMU takes.
+    long = Daemon(place / ("long" * 14))
+    long.root.mkdir()
+    long.start()
+    try:
+        done = bench(long, image(place / "a.qcow2"), *short(place))
+        assert done.status == 0, done
+        assert "direct: not measured: the socket would be" in done.stdout
+        assert {run.way for run in report_of(place).runs} == {"fuse"}
+    finally:
+        long.end()
+
+
+def test_without_a_daemon_nothing_is_said_to_be_left(stopped: Daemon, place: Path, asked: Path) -> None:
+    done = bench(stopped, image(place / "a.qcow2"), *short(place), "--transports", "direct")
+    assert done.status == 1
+    assert str(ErrorCode.DAEMON_UNREACHABLE) in done.stderr
+    assert "is left" not in done.stderr
+
+
+def test_what_a_killed_one_left_is_named_by_the_next(daemon: Daemon, place: Path, asked: Path) -> None:
+    source = image(place / "a.qcow2")
+    daemon.attach(f"{PREFIX}gone1234-direct", source, format="qcow2", transport="vhost-user", read_only=True)
+    done = bench(daemon, source, *short(place), "--transports", "direct")
+    assert done.status == 0, done
+    assert "is left of a benchmark that was killed" in done.stderr
+
+
+def test_a_qsd_that_dies_under_fio_ends_it_at_once(daemon: Daemon, place: Path, asked: Path) -> None:
+    (place / "hang").touch()
+    source = image(place / "a.qcow2")
+
+    def kill() -> None:
+        eventually(asked.exists, "fio is at it")
+        daemon.kill_qsd(daemon.names()[0])
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    began = time.monotonic()
+    done = bench(daemon, source, *short(place), "--transports", "direct")
+    killer.join()
+    assert done.status == 1
+    assert time.monotonic() - began < process.PATIENCE / 2
+    (run,) = report_of(place).runs
+    assert "died meanwhile" in run.error
     assert daemon.names() == []
 
 
