@@ -225,7 +225,10 @@ class Shop:
             engine = next((name for name in engines.LOCAL_ENGINES if name in known), "psync")
             yield Target(
                 words=(f"--ioengine={engine}", "--direct=1", f"--filename={device}"),
-                what=f"{engine} on {device}, served by QSD {volume.get('qsd_version') or 'of an unknown version'}",
+                what=f"{engine} on {device}, served by QSD {volume.get('qsd_version') or 'of an unknown version'}"
+                # storaged sets up such a one where QSD's FUSE export corrupts the data of direct I/O.
+                + (", with the page cache below it: blocks that were read before are not asked for again"
+                   if disk.attribute(device, "loop/dio") == "0" else ""),
                 size=disk.size(device), processes=_processes(volume), volume=dict(volume),
                 queue={key: text for key in _QUEUE if (text := disk.attribute(device, f"queue/{key}")) is not None},
                 is_still_there=lambda: disk.diskseq(device) == number,

@@ -17,6 +17,7 @@ from storaged.bench import process
 from storaged.bench.report import lines
 from storaged.bench.statistics import unpaired
 from storaged.errors import ErrorCode, StoragedError
+from storaged.host import disk as disks
 from storaged.host import imagelock
 from tests.benching import JOBS, WRITES, bench, report_of, short
 from tests.harness import Daemon, eventually, image, leftovers, mounted, run
@@ -161,6 +162,19 @@ def test_an_image_format_has_no_direct_way_and_the_report_says_so(daemon: Daemon
     assert "direct: not measured: fio reads no qcow2" in done.stdout
     assert "the ratios are to fuse" in done.stdout
     refused(daemon, ErrorCode.UNSUPPORTED, source, *short(place), "--transports", "direct,fuse")
+
+
+@pytest.mark.parametrize("read_only", [True, False])
+def test_a_loop_device_with_the_page_cache_below_it_is_told(
+    daemon: Daemon, place: Path, disk: Path, read_only: bool
+) -> None:
+    device = daemon.device("mine", disk, transport="fuse", read_only=read_only)
+    done = bench(daemon, "mine", *short(place))
+    assert done.status == 0, done
+    (way,) = report_of(place).ways
+    is_cached = disks.attribute(device, "loop/dio") == "0"
+    assert ("with the page cache below it" in way.what) is is_cached
+    assert not (read_only and is_cached)
 
 
 @pytest.mark.parametrize("how", [["--destructive"], []])
