@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import disk, worker
@@ -59,15 +59,20 @@ def set_up(path: str, wanted: Mapping[str, str]) -> list[StoragedError]:
     return refused
 
 
-def give_back(path: str, former: Mapping[str, str], made: Mapping[str, str]) -> None:
+def give_back(
+    path: str, former: Mapping[str, str], made: Mapping[str, str], *, is_ours: Callable[[], bool] = lambda: True
+) -> None:
     """Set what ``set_up`` has made of a device to what it was, but for what is something else by now. May block.
 
-    In the order of ``set_up``: another scheduler sets nr_requests anew, and so on.
+    In the order of ``set_up``: another scheduler sets nr_requests anew, and so on. It ends when the device is not
+    ``is_ours`` any more: whoever has it by now may have set it up already.
     """
     ours = {name for name, value in made.items() if _present(path, name) == value}
     # Whatever these are by now: the kernel makes something else of them once more.
     ours |= {_ALONG[name] for name in ours if name in _ALONG and former.get(name) != made[name]}
     for name in _ORDER:
+        if not is_ours():
+            return
         if name in ours and name in former and _present(path, name) != former[name]:
             _try_to_write(path, name, former[name])
 

@@ -248,8 +248,9 @@ def _threads(record: Record) -> list[str]:
 
 def _give_back(device: disk.Disk, record: Record) -> None:
     """The queue as it was, of a loop device that nobody has any more: the next one's is as it is left."""
-    if record.queue and loop.backing_file(device.path) is None:
-        queue.give_back(device.path, record.queue, attributes(record.spec))
+    queue.give_back(
+        device.path, record.queue, attributes(record.spec), is_ours=lambda: loop.backing_file(device.path) is None
+    )
 
 
 def _is_device(path: str) -> bool:
