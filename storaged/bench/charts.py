@@ -22,7 +22,7 @@ _LEFT, _RIGHT = 64, 620
 _PANEL_WIDTH, _PANEL_HEIGHT, _IN_A_ROW = 312, 210, 3
 #: Of the latencies that are drawn.
 _LEAST_PERCENTILE = 50.0
-_TITLES = {"fio": "fio (who does the I/O)", "qsd": "QSD", "daemon": "the daemon"}
+_TITLES = {"fio": "fio (who does the I/O)", "qsd": "QSD", "daemon": "the daemon", "kernel": "the kernel's threads"}
 
 STYLE = """\
 svg { font-size: 13px; font-family: system-ui, sans-serif; fill: var(--ink); }
@@ -35,7 +35,8 @@ svg .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
 _COLOURS = {
     "direct": ("#5b6472", "#aab4c2"), "nbd": ("#c2560c", "#f0945a"), "vduse": ("#1d66c9", "#6ea8f7"),
     "fuse": ("#12794a", "#55c492"), "fio": ("#5b6472", "#aab4c2"), "qsd": ("#8b3fc0", "#c58af0"),
-    "daemon": ("#b3860b", "#e6bd4f"), "ink": ("#1b1f24", "#e8eaed"), "dim": ("#59636e", "#a3abb5"),
+    "daemon": ("#b3860b", "#e6bd4f"), "kernel": ("#a3324b", "#ec8aa0"), "ink": ("#1b1f24", "#e8eaed"),
+    "dim": ("#59636e", "#a3abb5"),
     "rule": ("#d5d9de", "#3c434c"), "paper": ("#ffffff", "#16191d"),
 }
 
@@ -237,7 +238,7 @@ def _consumption(lines: Sequence[Line]) -> Plot:
             top += _STEP
         top += 8
     about = (
-        "Microseconds of a processor that each request costs. What the kernel's own threads use, and a server on this"
-        " host, is not in it."
+        "Microseconds of a processor that each request costs. The kernel's threads are those of the device, and all"
+        " others; a server on this host is not in it."
     )
     return Plot("Processor time for a request", about, top, "".join(parts))

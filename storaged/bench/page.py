@@ -112,7 +112,7 @@ def _table(found: Sequence[Line], against: str, report: Report) -> str:
         f"processor time of {' + '.join(CONSUMERS)}."
     ]
     if any(not line.is_told for line in found):
-        notes.append(shown.UNTOLD + ".")
+        notes.append(shown.untold(report.repeat) + ".")
     notes += [f"Failed: {run.way}, {run.job}, round {run.round + 1}: {run.error}" for run in failures(report)]
     body = "".join(f"<tr>{row}</tr>" for row in rows)
     below = "".join(f'<p class="about">{text(note)}</p>' for note in notes)
@@ -122,6 +122,10 @@ def _table(found: Sequence[Line], against: str, report: Report) -> str:
 def _facts(report: Report) -> str:
     facts = {way.name: way.what or f"not measured: {way.missing}" for way in report.ways}
     facts |= {f"option {key}": value for key, value in sorted(report.options.items())} | report.machine
+    facts |= {
+        f"queue of {way.name}": ", ".join(f"{key} {value}" for key, value in way.queue.items())
+        for way in report.ways if way.queue
+    }
     facts["jobs"] = report.job_set
     items = "".join(f"<dt>{text(key)}</dt><dd>{text(value)}</dd>" for key, value in facts.items())
     return f"<dl>{items}</dl>" + "".join(f"<p>{text(note)}</p>" for note in report.notes)

@@ -7,7 +7,7 @@ as it does of one that was just measured.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ DIRECT = "direct"
 #: Of those that a table shows.
 SHOWN_PERCENTILES = ("50", "99", "99.9")
 #: Who uses the processors, as far as it is told apart.
-CONSUMERS = ("fio", "qsd", "daemon")
+CONSUMERS = ("fio", "qsd", "daemon", "kernel")
 
 
 class JobFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,7 +67,8 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     """Percentile → nanoseconds from the submission of a request to its end; of a job that flushes, of the flushes."""
     requests: int = 0
     cpu: dict[str, float] = {}
-    """Seconds of processor time that fio, QSD and the daemon used; ``host``: all processors, whoever used them."""
+    """Seconds of processor time that fio, QSD, the daemon and the kernel's threads used; ``host``: all processors,
+    whoever used them."""
     fio: dict[str, Any] = {}
     """What fio printed of the job."""
 
@@ -245,9 +246,10 @@ def _figures(report: Report, line: Line) -> list[float]:
 
 def differences(before: Report, after: Report) -> list[str]:
     """Say what else differs between two reports: what they were measured on, and how."""
+    both = {way.name for way in before.ways if not way.missing} & {way.name for way in after.ways if not way.missing}
     facts = [
         {"source": one.source, "format": one.format, "size": one.size, "runtime": one.runtime, "options": one.options,
-         **one.machine, **{f"engine of {way.name}": way.engine for way in one.ways if way.engine}}
+         **one.machine, **_of_ways(one, both)}
         for one in (before, after)
     ]
     keys = dict.fromkeys(key for one in facts for key in one)
@@ -255,3 +257,13 @@ def differences(before: Report, after: Report) -> list[str]:
         f"{key}: {facts[0].get(key)!s}, and then {facts[1].get(key)!s}" for key in keys
         if facts[0].get(key) != facts[1].get(key)
     ]
+
+
+def _of_ways(report: Report, names: Set[str]) -> dict[str, str]:
+    """How ways were set up, as far as figures depend on it."""
+    found: dict[str, str] = {}
+    for way in report.ways:
+        if way.name in names:
+            found |= {f"engine of {way.name}": way.engine} if way.engine else {}
+            found |= {f"{key} of {way.name}": value for key, value in way.queue.items()}
+    return found

@@ -7,7 +7,7 @@ from storaged.bench.statistics import Estimate
 
 #: Behind a ratio that is no more than the spread of the rounds, and what it means.
 MARK = "~"
-UNTOLD = f"{MARK} the spread of the rounds is larger than the difference: none is told"
+_UNTOLD = f"{MARK} the spread of the rounds is larger than the difference: none is told"
 
 
 def figure(line: Line) -> str:
@@ -25,6 +25,11 @@ def spread(estimate: Estimate) -> str:
     if estimate.spread is None:
         return ""
     return f"{100 * estimate.spread:.0f}%" if estimate.spread < 10 else ">1000%"
+
+
+def untold(rounds: int) -> str:
+    """What MARK means."""
+    return _UNTOLD if rounds > 1 else f"{MARK} one round tells nothing of the spread, and so of no difference"
 
 
 def ratio(estimate: Estimate | None) -> str:

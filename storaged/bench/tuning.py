@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
@@ -27,7 +27,6 @@ from storaged.bench.tunereport import Measured, TuneReport, changes_of, verifica
 from storaged.bench.ways import PATIENCE, Shop, Subject, Target
 from storaged.errors import ErrorCode, StoragedError
 from storaged.host import disk
-from storaged.model.spec import COMMON_OPTIONS
 from storaged.qsd.version import fuse_has_threads, parse_version
 from storaged.transports import options_of
 from storaged.transports.nbd import has_iothread
@@ -97,17 +96,12 @@ class Tuning(Session):
         self.display.tell("done", 100.0)
 
     def _subject(self, request: Request, leave: Leave | None) -> Subject:
-        """The options of transports apart, which a command on images does not know."""
-        of_source = COMMON_OPTIONS.keys() | find_backend(request.source).options.keys()
-        apart = {
-            key: value for key, value in request.options.items()
-            if key in options_of(self.transport) and key not in of_source
-        }
-        rest = {key: value for key, value in request.options.items() if key not in apart}
-        subject = super()._subject(replace(request, options=rest), leave)
-        source, format, options = self.shown
-        self.shown = (source, format, {**options, **apart})
-        return replace(subject, options={**subject.options, **apart})
+        """What was said of the transport stays as it is, as what was said of the source."""
+        subject = super()._subject(request, leave)
+        return replace(subject, options={**subject.options, **subject.of_transports}, of_transports={})
+
+    def _transports(self) -> Sequence[str]:
+        return [self.transport]
 
     def _tell_steps(self, search: Search, told: int) -> int:
         """Say what the changes have brought that were not told yet."""

@@ -26,6 +26,7 @@ from storaged.images.provide import provided
 from storaged.images.workspace import Workspace
 from storaged.model.config import Config
 from storaged.model.layout import Layout
+from storaged.transports import options_of
 
 #: What the names of all volumes of a benchmark begin with.
 PREFIX = "storaged-bench-"
@@ -87,6 +88,8 @@ class Subject:
     """The same as a command on images takes it."""
     leave: Leave | None
     """Why it may be overwritten; None: it is only read."""
+    of_transports: Mapping[str, str] = field(default_factory=dict)
+    """Options that are no source's: each way has those that its transport knows."""
 
 
 class Shop:
@@ -153,7 +156,11 @@ class Shop:
 
         The attach may take ``patience`` seconds.
         """
-        with self._volume(subject, transport, transport, {}, patience) as volume, self.held(volume, known) as target:
+        options = {key: value for key, value in subject.of_transports.items() if key in options_of(transport)}
+        with (
+            self._volume(subject, transport, transport, options, patience) as volume,
+            self.held(volume, known) as target,
+        ):
             yield target
 
     @contextlib.contextmanager

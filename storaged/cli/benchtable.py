@@ -13,7 +13,7 @@ from storaged.bench.report import (
     lines,
     reference,
 )
-from storaged.bench.shown import UNTOLD, consumption, figure, latency, number, ratio, spread
+from storaged.bench.shown import consumption, figure, latency, number, ratio, spread, untold
 from storaged.cli.render import clean, terminal_width
 
 #: Left out where the terminal is too narrow, in this order; the page and the JSON have them.
@@ -41,7 +41,7 @@ def table(report: Report, width: int | None = None) -> str:
         f"failed: {run.way}, {clean(run.job)}, round {run.round + 1}: {clean(run.error)}" for run in failures(report)
     ]
     if any(not line.is_told for line in found):
-        notes.append(UNTOLD)
+        notes.append(untold(report.repeat))
     if report.partial:
         notes.append(f"PARTIAL: not all was measured: {clean(report.partial)}")
     legend = (
@@ -63,7 +63,7 @@ def comparison(changes: Sequence[Change], differences: Sequence[str], width: int
         last = change.job
     notes = [f"not the same: {clean(difference)}" for difference in differences]
     if any(not change.ratio.tells_a_difference for change in changes):
-        notes.append(UNTOLD)
+        notes.append(untold(2))
     return "\n".join([drawn(rows, terminal_width() if width is None else width), "", *notes]).rstrip()
 
 

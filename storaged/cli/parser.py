@@ -169,7 +169,8 @@ def _attach(commands: _Commands[argparse.ArgumentParser]) -> None:
         type=key_value,
         action=CollectOptions,
         default={},
-        help="an option of the format or source, as backing=allow:DIR[:DIR…]; may be repeated",
+        help="an option of the source, its format or the transport, as backing=allow:DIR[:DIR…]; may be repeated;"
+        " storaged-sources(7) has all of them",
     )
     for option, (metavar, what) in OPTIONS_WITH_A_SWITCH.items():
         command.add_argument(f"--{option}", metavar=metavar, help=f"{what}: the same as -o {option}={metavar}")

@@ -219,11 +219,12 @@ def _write_profile(made: TuneReport, layout: Layout, name: str) -> str:
         # As it was measured: the kernel would compute it anew.
         options["read-ahead-kb"] = made.queue["read_ahead_kb"]
     verified = made.verification.ratio.estimate.times if made.verification is not None else ""
-    what = "reads and writes" if any(job.writes for job in made.jobs) else "reads alone"
+    # All that was measured: what it is good for is only that.
+    what = ", ".join(job.name for job in made.jobs)
     comment = [
         f"Found by storaged tune on {made.machine['host']}, {time.strftime('%Y-%m-%d', time.gmtime(made.began))}: "
         f"{verified} times the defaults,",
-        f"by {what}, of {made.source}",
+        f"for the jobs {what}", f"by {made.transport}, of {made.source}",
         f"Linux {made.machine['kernel']}, QEMU {made.machine['qemu-storage-daemon']}",
     ]
     path = profile_path(layout.profiles, name)

@@ -28,7 +28,12 @@ def page(date: str) -> Page:
         page.paragraph(f"`{_usage(command)}`")
         page.paragraph(command.description or "")
         _arguments(page, command)
-        if command.epilog:
+        blocks = dict(_blocks(command.epilog or ""))
+        if examples := blocks.get("examples"):
+            page.paragraph("Examples:")
+            page.example(examples)
+            page.paragraph((command.epilog or "").replace(f"examples:\n{examples}", ""))
+        elif command.epilog:
             page.paragraph(command.epilog)
     for heading, block in _blocks(parser.epilog or ""):
         page.heading(heading)

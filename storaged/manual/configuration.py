@@ -18,7 +18,8 @@ _VOLUME = {
     "snapshot": "true: writable, and the changes are thrown away at detach",
     "snapshot_dir": "where a snapshot keeps the changes",
     "profile": "the profile whose options count where nothing is said here",
-    "options": "a table of what `-o` takes; a value is a text, a number, or true (on) or false (off)",
+    "options": "a table of what `-o` takes (storaged-sources(7)); a value is a text, a number, or true (on) or false "
+    "(off)",
 }
 
 
@@ -81,7 +82,7 @@ def page(date: str) -> Page:
         "keys are in force now and which need a restart. A restart of the daemon leaves all volumes attached."
     )
     page.heading("see also")
-    page.paragraph("storaged(1), storaged(8)")
+    page.paragraph("storaged(1), storaged-sources(7), storaged(8)")
     return page
 
 

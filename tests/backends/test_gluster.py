@@ -18,6 +18,7 @@ from storaged.errors import ErrorCode
 from tests.backends.gluster_server import VOLUME, GlusterServer
 from tests.backends.servers import Load, network
 from tests.backends.within import opened_within
+from tests.benching import WRITES, bench, report_of, short
 from tests.harness import Daemon, eventually, reads, refuses, writes
 
 MIB = 1 << 20
@@ -61,6 +62,17 @@ def nobody_at() -> str:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         return f"127.0.0.1:{nobody.getsockname()[1]}"
+
+
+def test_a_benchmark_reaches_it_by_the_engine_of_fio_too(
+    server: GlusterServer, daemon: Daemon, place: Path, disk: Path
+) -> None:
+    done = bench(daemon, of(server), "--transports", "direct,fuse", *short(place, WRITES), "--destructive")
+    assert done.status == 0, done
+    assert "direct: fio's engine gfapi_async" in done.stdout
+    assert {(run.way, run.job) for run in report_of(place).runs if run.is_good} == {
+        (way, job) for way in ("direct", "fuse") for job in ("reads", "writes")
+    }
 
 
 def test_a_file_is_used_and_lies_in_the_brick_which_may_be_stopped_meanwhile(

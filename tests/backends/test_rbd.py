@@ -18,6 +18,7 @@ from tests.backends.ceph_cluster import NAMESPACE, POOL, READER, USER, CephClust
 from tests.backends.secrecy import secret_is_nowhere
 from tests.backends.servers import Load
 from tests.backends.within import opened_within
+from tests.benching import WRITES, bench, report_of, short
 from tests.harness import Daemon, as_json, error_of, eventually, mounted, reads, refuses, run, size_of, writes
 
 MIB = 1 << 20
@@ -64,6 +65,15 @@ def test_a_filesystem(cluster: CephCluster, daemon: Daemon, source: str, disk: s
     daemon.detach("a")
     with mounted(str(cluster.exported(disk, place / "copy")), place / "mnt", "-o", "loop,ro") as directory:
         assert (directory / "file").read_bytes() == PATTERN
+
+
+def test_a_benchmark_reaches_it_by_the_engine_of_fio_too(daemon: Daemon, source: str, place: Path) -> None:
+    done = bench(daemon, source, "--transports", "direct,fuse", *short(place, WRITES), "--destructive")
+    assert done.status == 0, done
+    assert "direct: fio's engine rbd" in done.stdout
+    assert {(run.way, run.job) for run in report_of(place).runs if run.is_good} == {
+        (way, job) for way in ("direct", "fuse") for job in ("reads", "writes")
+    }
 
 
 def test_all_is_said_by_options_with_an_image_of_a_namespace(

@@ -164,6 +164,15 @@ def test_an_image_format_has_no_direct_way_and_the_report_says_so(daemon: Daemon
     refused(daemon, ErrorCode.UNSUPPORTED, source, *short(place), "--transports", "direct,fuse")
 
 
+def test_options_of_a_transport_are_for_the_ways_that_have_it(daemon: Daemon, place: Path, disk: Path) -> None:
+    done = bench(daemon, disk, *short(place), "-o", "read-ahead-kb=512", "--transports", "direct,fuse")
+    assert done.status == 0, done
+    found = report_of(place)
+    assert {way.name: way.queue.get("read_ahead_kb") for way in found.ways} == {"direct": None, "fuse": "512"}
+    assert found.options["read-ahead-kb"] == "512"
+    refused(daemon, ErrorCode.INVALID_ARGUMENT, disk, *short(place), "-o", "queues=2", "--transports", "direct,fuse")
+
+
 @pytest.mark.parametrize("read_only", [True, False])
 def test_a_loop_device_with_the_page_cache_below_it_is_told(
     daemon: Daemon, place: Path, disk: Path, read_only: bool

@@ -125,7 +125,7 @@ def test_what_is_faster_becomes_a_profile_that_volumes_are_attached_with(
 
     # What was measured is what volumes get, with the cache mode that was measured.
     text = Path(daemon.layout.profiles, "fast.toml").read_text()
-    assert "reads alone" in text
+    assert "for the jobs linear, random" in text
     volume = daemon.attach("a", disk, profile="fast", read_only=True)
     assert read_ahead(volume["device"]) == 8192
     assert volume["options"] == {"cache": "none", "read-ahead-kb": "8192"}

@@ -113,3 +113,14 @@ def test_text_is_never_taken_for_a_request(tmp_path: Path) -> None:
     text = re.sub(".\b", "", done.stdout)
     for part in (".TH x", "'br \\fB-o \\n[.t] ~^.code\\", ".x", ".y", ".z\n", "  'a\\c"):
         assert part in text
+
+
+def test_each_example_of_a_command_is_a_line_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "storaged.1").write_text(PAGES["storaged.1"])
+    done = subprocess.run(
+        ["mandoc", "-T", "utf8", "-O", "width=200", tmp_path / "storaged.1"], capture_output=True, text=True, check=True
+    )
+    lines = [line.strip() for line in re.sub(".\b", "", done.stdout).splitlines()]
+    for example in ("storaged bench compare a.json b.json", "storaged tune /var/tmp --scratch 4G --write fast"):
+        assert [line for line in lines if line.startswith(example)], example
+    assert not [line for line in lines if line.count(" storaged bench ") > 1]
