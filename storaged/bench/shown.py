@@ -51,7 +51,9 @@ def latency(nanoseconds: float | None) -> str:
 
 def consumption(cpu: dict[str, float]) -> str:
     """Microseconds for each request, by who used them."""
-    return "+".join(_short(cpu[who]) for who in CONSUMERS if who in cpu)
+    last = max((place for place, who in enumerate(CONSUMERS) if who in cpu), default=-1)
+    # Who is not there used nothing; the places tell who is who.
+    return "+".join(_short(cpu.get(who, 0.0)) for who in CONSUMERS[:last + 1])
 
 
 def _short(value: float) -> str:
